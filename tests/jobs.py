@@ -1,0 +1,73 @@
+"""Start real torchrun jobs from tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from uar_megatron.reporting.runlog import read_run
+
+TESTS = Path(__file__).parent
+TINY = TESTS / "tiny.yaml"
+TIMEOUT = 240
+
+
+def torchrun(nproc: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on ``nproc`` gloo ranks and return what it printed."""
+    return subprocess.run(
+        torchrun_command(nproc, *command),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+def torchrun_command(nproc: int, *command: str) -> list[str]:
+    """The argument list of a single-node torchrun."""
+    runner = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return [*runner, "--nproc_per_node", str(nproc), *command]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what would make a child think it is a rank."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in ranks}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+
+
+def train(nproc: int, run_dir: Path, *overrides: str) -> dict[int, float]:
+    """Train the tiny model with our entry; return the loss of each step from its run log."""
+    job = torchrun(nproc, *train_arguments(nproc, run_dir, *overrides))
+    assert job.returncode == 0, job.stderr[-6000:]
+    return losses(run_dir)
+
+
+def train_arguments(nproc: int, run_dir: Path, *overrides: str) -> list[str]:
+    """Arguments after torchrun's own for the tiny model."""
+    keys = (f"run.dir={run_dir}", f"launch.nproc_per_node={nproc}", *overrides)
+    return ["-m", "uar_megatron.pretrain", "--config", str(TINY), *keys]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of each step in a run log."""
+    return {step.step: step.loss for step in read_run(run_dir / "run.jsonl").steps}
+
+
+def train_stock(nproc: int, run_dir: Path, overrides: Sequence[str]) -> dict[int, float]:
+    """Train the tiny model with the installed Megatron's routers; return the loss of each step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    output = run_dir / "losses.json"
+    job = torchrun(
+        nproc,
+        str(TESTS / "stock_pretrain.py"),
+        str(TINY),
+        str(output),
+        *(f"run.dir={run_dir}", f"launch.nproc_per_node={nproc}", *overrides),
+    )
+    assert job.returncode == 0, job.stderr[-6000:]
+    return {int(step): loss for step, loss in json.loads(output.read_text()).items()}

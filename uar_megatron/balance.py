@@ -1,0 +1,128 @@
+"""Calibrated Load Balancing: press only on uncertain tokens (Eq. 2, 6 and 7)."""
+
+from __future__ import annotations
+
+import torch
+
+from uar_megatron.config import BiasConfig, CLBConfig
+from uar_megatron.uncertainty import FixedPrecisionModule
+
+
+def threshold(step: int, clb: CLBConfig) -> float | None:
+    """Return θ_t in units of σ_u, or None while no mask is active.
+
+    Linear from ``theta_start`` (so low that almost nobody is masked) at ``start_step`` to ``theta``
+    ``warmup_steps`` later. The paper gives start and warm-up (Table 2) but neither end value nor
+    shape.
+
+    Args:
+        step: optimizer steps taken so far.
+        clb: the schedule.
+    """
+    if not clb.enabled or step < clb.start_step:
+        return None
+    if clb.warmup_steps == 0:
+        return clb.theta
+    progress = min((step - clb.start_step) / clb.warmup_steps, 1.0)
+    return clb.theta_start + progress * (clb.theta - clb.theta_start)
+
+
+def epistemic_weight(zscore_T: torch.Tensor, theta: float, width: float) -> torch.Tensor:
+    """Return ω = sigmoid((ẑ − θ)/width) of each token, in [0, 1] (the g of Eq. 6)."""
+    return torch.sigmoid((zscore_T - theta) / width)
+
+
+def masked_balancing_loss(
+    scores_TE: torch.Tensor,
+    omega_T: torch.Tensor,
+    slots_E: torch.Tensor,
+    omega_sum: torch.Tensor,
+    coeff: float,
+    epsilon: float,
+) -> torch.Tensor:
+    """Return coeff · Σ_h ω_h·ℓ_h / (Σ_h ω_h + ε) with ℓ_h = E·Σ_e f_e·p_{h,e} (Eq. 2 and 6).
+
+    f_e is the share of dispatched slots, so it stays right when tokens have different numbers of
+    experts. With ω ≡ 1 and a fixed k this is Megatron's ``switch_load_balancing_loss_func``.
+
+    Args:
+        scores_TE: this rank's router probabilities p (differentiable), fp32, padding rows 0.
+        omega_T: this rank's weights ω (detached), padding rows 0.
+        slots_E: slots dispatched to each expert, summed over the ranks that share the micro-batch.
+        omega_sum: Σ ω over the same ranks.
+        coeff: loss coefficient.
+        epsilon: keeps the loss 0 where nobody is uncertain.
+
+    Returns:
+        This rank's summand of the loss; the sum over those ranks is the loss.
+    """
+    fractions_E = slots_E / slots_E.sum().clamp_min(1.0)
+    weighted_E = (omega_T.unsqueeze(-1) * scores_TE).sum(dim=0)
+    num_experts = scores_TE.shape[-1]
+    return coeff * num_experts * (fractions_E * weighted_E).sum() / (omega_sum + epsilon)
+
+
+class BalancingBias(FixedPrecisionModule):
+    """A per-expert selection bias that replaces or accompanies the auxiliary loss (Eq. 7).
+
+    Megatron has one (``moe_router_enable_expert_bias``) but refuses it with softmax scores; this one
+    works with every score function and can weight tokens by their uncertainty.
+
+    Buffers: ``value`` (float32 ``[experts]``, persistent); local weighted slot counts.
+    """
+
+    value: torch.Tensor
+    _pending: torch.Tensor
+
+    def __init__(self, config: BiasConfig, num_experts: int, device: torch.device | str | int):
+        super().__init__()
+        self.rate = config.rate
+        self.update_rule = config.update
+        self.register_buffer("value", torch.zeros(num_experts, device=device))
+        self.register_buffer(
+            "_pending",
+            torch.zeros(num_experts, dtype=torch.float64, device=device),
+            persistent=False,
+        )
+
+    @torch.no_grad()
+    def accumulate(
+        self, routing_map_TE: torch.Tensor, zscore_T: torch.Tensor, theta: float | None, clb: CLBConfig
+    ) -> None:
+        """Count the slots of each expert, each token's weighted by λ_hi or λ_lo (Eq. 7).
+
+        Args:
+            routing_map_TE: dispatched map, padding rows False.
+            zscore_T: normalised uncertainty.
+            theta: θ_t, or None: every token counts 1, which is the stock update.
+            clb: λ_hi for tokens with ẑ > θ, λ_lo for the rest.
+        """
+        if theta is None:
+            self._pending += routing_map_TE.sum(dim=0)
+            return
+        weight_T = torch.where(zscore_T > theta, clb.lambda_hi, clb.lambda_lo).double()
+        self._pending += weight_T @ routing_map_TE.double()
+
+    def pending(self) -> torch.Tensor:
+        """This rank's weighted slot counts since the last commit, float64 ``[experts]``."""
+        return self._pending
+
+    @torch.no_grad()
+    def commit(self, total_E: torch.Tensor) -> None:
+        """Move the bias towards a balanced load and start a new step.
+
+        ``sign``: b += rate·sign(mean − count), as Megatron does (moe_utils.py:1136).
+        ``proportional``: b += rate·(mean − count)/mean; dividing by the mean makes the step
+        independent of the batch size, which Eq. 7 leaves open ("∝").
+
+        Args:
+            total_E: :meth:`pending` summed over every rank that holds tokens of this layer.
+        """
+        mean = total_E.mean()
+        offset_E = mean - total_E
+        if self.update_rule == "sign":
+            change_E = torch.sign(offset_E)
+        else:
+            change_E = offset_E / mean.clamp_min(1e-12)
+        self.value += self.rate * change_E.float()
+        self._pending.zero_()

@@ -1,0 +1,72 @@
+"""The ``uar`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uar_megatron.data.cli import prepare
+from uar_megatron.errors import UARError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Uncertainty-aware routing for Megatron-Core.",
+)
+app.command(name="data")(prepare)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep sub-commands even while there are few."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="experiment YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted overrides: lr=1e-3 uar.budget.alpha=0.5 …")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved configuration and stop")
+    ] = False,
+) -> None:
+    """Train on this machine: checks the configuration, then starts torchrun.
+
+    The number of processes is ``launch.nproc_per_node``. For several nodes start torchrun yourself
+    with ``-m uar_megatron.pretrain --config FILE``.
+    """
+    from uar_megatron.config import load_experiment
+    from uar_megatron.pretrain import describe, fail, validate
+
+    try:
+        experiment = load_experiment(config, overrides or [])
+        if dry_run:
+            print(describe(experiment))
+            return
+        if experiment.launch.nnodes != 1:
+            raise UARError(
+                f"launch.nnodes: {experiment.launch.nnodes} nodes, but `uar train` starts one\n"
+                "  remedy:  run torchrun on every node with -m uar_megatron.pretrain --config …"
+            )
+        validate(experiment, experiment.launch.nproc_per_node)
+    except UARError as error:
+        fail(error)
+    # One thread per rank unless told otherwise: torchrun would set it too, but with a warning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(experiment.launch.nproc_per_node)),
+        *("-m", "uar_megatron.pretrain", "--config", str(config), *(overrides or [])),
+    ]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    app()

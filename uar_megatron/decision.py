@@ -1,0 +1,40 @@
+"""What a router decided for one micro-batch, with the shape legend used throughout the package.
+
+Shape suffixes: ``T`` tokens on this rank, ``E`` experts (all of them, not only local ones),
+``K`` columns of a selection (the largest number of experts a token may get).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How uncertain the router is about each token. Always detached.
+
+    Attributes:
+        energy_T: free energy F (Eq. 4), fp32; high means little evidence.
+        entropy_T: router entropy H (Eq. 3), nats, fp32.
+        zscore_T: ẑ = (u − ū)/σ_u of the chosen measure u, fp32; 0 before the first statistics and
+            for tokens whose u is not finite.
+    """
+
+    energy_T: torch.Tensor
+    entropy_T: torch.Tensor
+    zscore_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Which experts each token goes to and with which weight.
+
+    Attributes:
+        probs_TE: combination weights in the logits' dtype, 0 where a token is not routed.
+        routing_map_TE: bool, True where a token is dispatched to an expert.
+        k_T: experts of each token (int64), the row sums of ``routing_map_TE``.
+    """
+
+    probs_TE: torch.Tensor
+    routing_map_TE: torch.Tensor
+    k_T: torch.Tensor

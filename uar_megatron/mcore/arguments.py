@@ -1,0 +1,1 @@
+def check_compatible(uar, args): pass

@@ -1,0 +1,50 @@
+"""The MoE layer with a dispatcher for variable k. Megatron has no slot for the dispatcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from uar_megatron.mcore.compat import MoELayer, MoESubmodules, get_default_pg_collection
+from uar_megatron.mcore.router import UARRouter
+from uar_megatron.mcore.token_dispatcher import VARIABLE_K_DISPATCHERS
+
+
+class UARMoELayer(MoELayer):
+    """``MoELayer`` that exchanges its dispatcher and counts the rows its experts compute.
+
+    The dispatcher stays Megatron's own where the number of experts per token is
+    ``moe_router_topk`` for every token.
+    """
+
+    router: UARRouter
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        if self.router.policy.fixed_k != config.moe_router_topk:
+            dispatcher = VARIABLE_K_DISPATCHERS[config.moe_token_dispatcher_type]
+            self.token_dispatcher = dispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=config,
+                pg_collection=pg_collection,
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self.experts.register_forward_pre_hook(self._count_rows)
+
+    def _count_rows(self, experts: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Count what the experts really get, whatever the dispatcher says it sent."""
+        if self.training and torch.is_grad_enabled():
+            self.router.metrics.add_rows(inputs[0].shape[0])

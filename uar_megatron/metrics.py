@@ -1,0 +1,208 @@
+"""Per-layer sums over a logging interval, and the numbers a reader wants from them.
+
+A rank only ever adds to one small vector per layer; the vectors of all layers and ranks are summed
+once per logging interval, and nothing is read back from the device before that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from uar_megatron.config import StatesConfig
+from uar_megatron.decision import RoutingDecision, Uncertainty
+
+_SCALARS = (
+    "tokens",
+    "energy",
+    "energy_squared",
+    "entropy",
+    "entropy_squared",
+    "k",
+    "omega",
+    "consensus",
+    "ambiguity",
+    "stubborn",
+    "vacuum",
+    "nonfinite",
+    "loss",
+    "loss_terms",
+    "rows",
+)
+_INDEX = {name: i for i, name in enumerate(_SCALARS)}
+
+
+def state_thresholds(
+    states: StatesConfig, num_experts: int, temperature: float
+) -> tuple[float, float]:
+    """Return (H*, F*), the borders between the four routing states (Figure 3 of the paper).
+
+    The paper draws the quadrants without values. Defaults: H* = ½·ln E, half of the largest
+    entropy; F* = −τ·ln E, the energy of a router whose logits are all zero.
+    """
+    entropy = 0.5 * math.log(num_experts) if states.entropy is None else states.entropy
+    energy = -temperature * math.log(num_experts) if states.energy is None else states.energy
+    return entropy, energy
+
+
+class LayerMetrics:
+    """The sums of one layer on one rank.
+
+    Args:
+        num_experts: E.
+        max_k: largest number of experts a token can get; the histogram has ``max_k + 1`` bins.
+        thresholds: (H*, F*) of :func:`state_thresholds`.
+        device: where the sums live.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        max_k: int,
+        thresholds: tuple[float, float],
+        device: torch.device | str | int,
+    ) -> None:
+        self.num_experts = num_experts
+        self.max_k = max_k
+        self.thresholds = thresholds
+        self._sums = torch.zeros(len(_SCALARS) + max_k + 1, dtype=torch.float64, device=device)
+        self._step_slots_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self._slots_of_steps: list[torch.Tensor] = []
+
+    @staticmethod
+    def width(num_experts: int, max_k: int, steps: int) -> int:
+        """Length of :meth:`flat` for an interval of ``steps`` optimizer steps."""
+        return len(_SCALARS) + max_k + 1 + steps * num_experts
+
+    @torch.no_grad()
+    def add(
+        self,
+        uncertainty: Uncertainty,
+        decision: RoutingDecision,
+        omega_T: torch.Tensor | None,
+        valid_T: torch.Tensor | None,
+    ) -> None:
+        """Add one micro-batch; tokens with ``valid_T`` False (padding) are left out."""
+        energy_T, entropy_T = uncertainty.energy_T.double(), uncertainty.entropy_T.double()
+        finite_T = torch.isfinite(energy_T) & torch.isfinite(entropy_T)
+        counted_T = finite_T if valid_T is None else finite_T & valid_T
+        nonfinite_T = ~finite_T if valid_T is None else ~finite_T & valid_T
+        weight_T = counted_T.double()
+        energy_T = torch.where(counted_T, energy_T, 0.0)
+        entropy_T = torch.where(counted_T, entropy_T, 0.0)
+        high_entropy_T = (entropy_T > self.thresholds[0]).double() * weight_T
+        high_energy_T = (energy_T > self.thresholds[1]).double() * weight_T
+        vacuum = (high_entropy_T * high_energy_T).sum()
+        count, high_h, high_f = weight_T.sum(), high_entropy_T.sum(), high_energy_T.sum()
+        # A token's k is what was dispatched, which token dropping may have lowered.
+        routed_TE = decision.routing_map_TE & counted_T.unsqueeze(-1)
+        slots_E = routed_TE.sum(dim=0).double()
+        k_T = routed_TE.sum(dim=-1)
+        omega = weight_T.sum() if omega_T is None else (omega_T.double() * weight_T).sum()
+        histogram = torch.zeros(self.max_k + 1, dtype=torch.float64, device=weight_T.device)
+        histogram.scatter_add_(0, k_T.clamp_max(self.max_k), weight_T)
+        zero = torch.zeros_like(count)
+        self._sums += torch.cat(
+            (
+                torch.stack(
+                    (
+                        count,
+                        energy_T.sum(),
+                        energy_T.square().sum(),
+                        entropy_T.sum(),
+                        entropy_T.square().sum(),
+                        slots_E.sum(),
+                        omega,
+                        count - high_h - high_f + vacuum,
+                        high_h - vacuum,
+                        high_f - vacuum,
+                        vacuum,
+                        nonfinite_T.sum().double(),
+                        zero,
+                        zero,
+                        zero,
+                    )
+                ),
+                histogram,
+            )
+        )
+        self._step_slots_E += slots_E
+
+    @torch.no_grad()
+    def add_loss(self, loss: torch.Tensor, share: float) -> None:
+        """Add one rank's summand of a balancing loss (without its coefficient).
+
+        Args:
+            loss: the summand.
+            share: the part of a loss that this rank contributes, 1 / (ranks that share a batch).
+        """
+        self._sums[_INDEX["loss"]] += loss.detach().double().reshape(())
+        self._sums[_INDEX["loss_terms"]] += share
+
+    def add_rows(self, rows: int | torch.Tensor) -> None:
+        """Add the rows that this rank's experts computed for one micro-batch."""
+        self._sums[_INDEX["rows"]] += rows
+
+    def end_step(self) -> None:
+        """Close an optimizer step: its load per expert is kept apart, for MaxVio per batch."""
+        self._slots_of_steps.append(self._step_slots_E.clone())
+        self._step_slots_E.zero_()
+
+    def flat(self, max_k: int) -> torch.Tensor:
+        """The sums since the last :meth:`clear` as one vector, to be added up over ranks.
+
+        Args:
+            max_k: the histogram is padded to ``max_k + 1`` bins, so that layers line up.
+        """
+        padding = self._sums.new_zeros(max_k - self.max_k)
+        return torch.cat((self._sums, padding, *self._slots_of_steps))
+
+    def clear(self) -> None:
+        """Start a new logging interval."""
+        self._sums.zero_()
+        self._slots_of_steps = []
+
+
+def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> dict[str, object]:
+    """Turn the sum of :meth:`LayerMetrics.flat` over all ranks into the run log's numbers.
+
+    Args:
+        total: float64 on the CPU, ``LayerMetrics.width(num_experts, max_k, steps)`` long.
+        num_experts: E.
+        max_k: largest number of experts a token can get.
+        steps: optimizer steps in the interval.
+
+    Returns:
+        Means per token, load fractions, the mean over steps of MaxVio = max_e load_e / mean load − 1,
+        and rows per step, under the names of ``reporting.schema.LayerMetrics``.
+    """
+    sums = {name: float(total[i]) for name, i in _INDEX.items()}
+    histogram = total[len(_SCALARS) : len(_SCALARS) + max_k + 1]
+    slots_SE = total[len(_SCALARS) + max_k + 1 :].reshape(steps, num_experts)
+    tokens = max(sums["tokens"], 1.0)
+    mean_load_S = slots_SE.mean(dim=1).clamp_min(1e-12)
+    violations_S = slots_SE.amax(dim=1) / mean_load_S - 1.0
+    busy_S = slots_SE.sum(dim=1) > 0
+    slots_E = slots_SE.sum(dim=0)
+
+    def spread(name: str) -> float:
+        mean = sums[name] / tokens
+        return math.sqrt(max(sums[f"{name}_squared"] / tokens - mean * mean, 0.0))
+
+    return {
+        "tokens": int(sums["tokens"]),
+        "energy_mean": sums["energy"] / tokens,
+        "energy_std": spread("energy"),
+        "entropy_mean": sums["entropy"] / tokens,
+        "entropy_std": spread("entropy"),
+        "k_eff": sums["k"] / tokens,
+        "k_histogram": (histogram / tokens).tolist(),
+        "states": [sums[s] / tokens for s in ("consensus", "ambiguity", "stubborn", "vacuum")],
+        "omega_mean": sums["omega"] / tokens,
+        "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
+        "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else 0.0,
+        "balancing_loss": sums["loss"] / sums["loss_terms"] if sums["loss_terms"] > 0 else None,
+        "rows": sums["rows"] / steps,
+        "nonfinite": int(sums["nonfinite"]),
+    }

@@ -1,0 +1,280 @@
+"""The training entry: ``torchrun … -m uar_megatron.pretrain --config FILE key=value …``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from uar_megatron.config import Experiment, load_experiment, save_resolved
+from uar_megatron.errors import ConfigError, DataError, UARError
+
+
+def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
+    """Check an experiment as far as possible without a process group; return Megatron's arguments.
+
+    Switches the CPU layer on where the experiment asks for it. Megatron's own validation runs for
+    rank 0 of ``world_size`` ranks, so what it refuses is refused before anything starts.
+
+    Args:
+        experiment: the composed configuration.
+        world_size: ranks of the job.
+
+    Raises:
+        UARError: something is wrong; the message says what and how to mend it.
+    """
+    argv = _prepare_process(experiment)
+    from megatron.training.arguments import (
+        core_transformer_config_from_args,
+        parse_args,
+        validate_args,
+    )
+
+    from uar_megatron.mcore.arguments import check_compatible
+
+    with _environment(WORLD_SIZE=str(world_size), RANK="0"), _megatron_refusals(), _argv(argv):
+        args = parse_args()
+        check_compatible(experiment.uar, args)
+        validate_args(args)
+        core_transformer_config_from_args(args)
+    _check_data(args)
+    _check_writable(experiment, args)
+    return args
+
+
+def run(experiment: Experiment) -> None:
+    """Train: this process is one rank of a torchrun job.
+
+    Raises:
+        UARError: the configuration, the data or the machine cannot be used.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(experiment, world_size)
+    argv = _prepare_process(experiment)
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from uar_megatron.mcore.gpt import dataset_provider, forward_step
+    from uar_megatron.mcore.spec import assert_uar_routers, uar_layer_spec
+    from uar_megatron.run_recorder import RunRecorder
+
+    with _argv(argv), _megatron_refusals():
+        args = parse_and_validate_args()
+        _check_vocabulary(args)
+        model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = uar_layer_spec(experiment.uar)
+    recorder = RunRecorder(experiment, args)
+
+    def after_build(model: list[Any]) -> list[Any]:
+        assert_uar_routers(model)
+        recorder.attach(model)
+        return model
+
+    model_config.post_wrap_hooks.append(after_build)
+    if args.rank == 0:
+        for folder in {experiment.run.dir, args.save} - {None}:
+            save_resolved(experiment, Path(folder))
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            dataset_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        recorder.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, train, and turn every UARError into one message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m uar_megatron.pretrain", description=__doc__)
+    parser.add_argument("--config", required=True, help="experiment YAML file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    options = parser.parse_args(arguments)
+    try:
+        experiment = load_experiment(options.config, options.overrides)
+        if options.dry_run:
+            print(describe(experiment))
+        else:
+            run(experiment)
+    except UARError as error:
+        fail(error)
+
+
+def describe(experiment: Experiment) -> str:
+    """Return what ``--dry-run`` prints: the resolved YAML and the Megatron argument list."""
+    world_size = experiment.launch.nnodes * experiment.launch.nproc_per_node
+    validate(experiment, world_size)
+    from uar_megatron.mcore.arguments import to_argv
+
+    arguments = "\n".join(f"#   {line}" for line in _one_option_per_line(to_argv(experiment.megatron)))
+    return f"{experiment.to_yaml()}\n# Megatron arguments for {world_size} ranks:\n{arguments}"
+
+
+def fail(error: UARError) -> None:
+    """Print the error once per node and leave with its exit code, on every rank."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.exit_code)
+
+
+def _one_option_per_line(argv: Sequence[str]) -> list[str]:
+    lines: list[str] = []
+    for word in argv:
+        if word.startswith("--") or not lines:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return lines
+
+
+def _prepare_process(experiment: Experiment) -> list[str]:
+    """Switch the CPU layer on if asked for, check versions, and compile Megatron's arguments."""
+    import torch
+
+    from uar_megatron.mcore import cpu
+
+    if experiment.launch.device == "cpu":
+        cpu.enable()
+    elif not torch.cuda.is_available():
+        raise ConfigError(
+            "launch.device",
+            "cuda was asked for, but torch finds no CUDA device here",
+            allowed="cuda (with a GPU), cpu",
+            remedy="start with parallel=cpu (or launch.device=cpu) to run on the CPU",
+        )
+    from uar_megatron.mcore.arguments import to_argv
+
+    return to_argv(experiment.megatron)
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    """Refuse missing or corrupt datasets and tokenizers before Megatron opens them."""
+    from uar_megatron.data.build import check_dataset
+
+    if args.tokenizer_model and os.sep in args.tokenizer_model:
+        if not Path(args.tokenizer_model).exists():
+            raise DataError(
+                f"tokenizer_model: {args.tokenizer_model} does not exist\n"
+                "  remedy:  prepare the data first (`make demo` or `uar data --help`), or correct "
+                "the path"
+            )
+    if args.mock_data:
+        return
+    for prefix in _data_prefixes(args):
+        check_dataset(prefix, vocab_size=None)
+
+
+def _check_vocabulary(args: argparse.Namespace) -> None:
+    """Refuse a dataset whose token ids do not fit the model's vocabulary."""
+    from uar_megatron.data.build import check_dataset
+
+    if args.rank == 0 and not args.mock_data:
+        for prefix in _data_prefixes(args):
+            check_dataset(prefix, vocab_size=args.padded_vocab_size)
+
+
+def _data_prefixes(args: argparse.Namespace) -> list[str]:
+    """The dataset prefixes among Megatron's data-path lists, whose weights are numbers."""
+    words = [
+        word
+        for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for word in paths or ()
+    ]
+    if not words and not (args.data_args_path or args.per_split_data_args_path):
+        raise ConfigError(
+            "data_path",
+            "no training data is named",
+            allowed="data_path, train_data_path + valid_data_path, or mock_data: true",
+            remedy="choose a data group, e.g. data=demo after `make demo`, or data=mock",
+        )
+    return list(dict.fromkeys(word for word in words if not _is_number(word)))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_writable(experiment: Experiment, args: argparse.Namespace) -> None:
+    """Make the output folders and write a byte into each, so that a long run cannot end unsaved."""
+    for field, folder in {"run.dir": experiment.run.dir, "save": args.save}.items():
+        if folder is None:
+            continue
+        probe = Path(folder) / f".write_test.{os.getpid()}"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                field,
+                f"cannot write to {folder}: {error.strerror}",
+                allowed="a folder this user can create and write to",
+                remedy="choose another run.dir, or make the folder writable",
+            ) from error
+
+
+@contextlib.contextmanager
+def _megatron_refusals() -> Iterator[None]:
+    """Turn what Megatron's own validation asserts into a ConfigError."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(
+            "megatron",
+            f"Megatron refuses this configuration: {error or 'an assertion without a message'}"
+            f" ({_place(error)})",
+            remedy="change the arguments the message names; --dry-run shows all of them",
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+
+
+@contextlib.contextmanager
+def _argv(argv: Sequence[str]) -> Iterator[None]:
+    """Megatron's parser reads ``sys.argv``."""
+    saved = sys.argv
+    sys.argv = [saved[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+if __name__ == "__main__":
+    main()
