@@ -98,9 +98,9 @@ OWN_NAMES = {"manifest.json", "SOURCES.md", "tokenizer", "text", "cache"} | {
 
 
 def main(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the corpus.")
-    ] = Path("data/demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")] = Path(
+        "data/demo"
+    ),
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again even when it is complete.")
     ] = False,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from uar_megatron.config import load_experiment
+from uar_megatron.experiment import load_experiment
 from uar_megatron.pretrain import _argv, _prepare_process
 
 

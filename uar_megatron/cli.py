@@ -41,8 +41,8 @@ def train(
     The number of processes is ``launch.nproc_per_node``. For several nodes start torchrun yourself
     with ``-m uar_megatron.pretrain --config FILE``.
     """
-    from uar_megatron.config import load_experiment
-    from uar_megatron.pretrain import describe, fail, validate
+    from uar_megatron.experiment import load_experiment
+    from uar_megatron.pretrain import check_outputs, describe, fail, validate
 
     try:
         experiment = load_experiment(config, overrides or [])
@@ -55,6 +55,7 @@ def train(
                 "  remedy:  run torchrun on every node with -m uar_megatron.pretrain --config …"
             )
         validate(experiment, experiment.launch.nproc_per_node)
+        check_outputs(experiment)
     except UARError as error:
         fail(error)
     # One thread per rank unless told otherwise: torchrun would set it too, but with a warning.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uar_megatron.config import Experiment, load_experiment, save_resolved
+from uar_megatron.experiment import Experiment, load_experiment, save_resolved
 from uar_megatron.errors import ConfigError, DataError, UARError
 
 
@@ -43,7 +43,6 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
         validate_args(args)
         core_transformer_config_from_args(args)
     _check_data(args)
-    _check_writable(experiment, args)
     return args
 
 
@@ -55,6 +54,7 @@ def run(experiment: Experiment) -> None:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     validate(experiment, world_size)
+    check_outputs(experiment)
     argv = _prepare_process(experiment)
 
     from megatron.core.enums import ModelType
@@ -83,7 +83,7 @@ def run(experiment: Experiment) -> None:
 
     model_config.post_wrap_hooks.append(after_build)
     if args.rank == 0:
-        for folder in {experiment.run.dir, args.save} - {None}:
+        for folder in filter(None, _output_folders(experiment).values()):
             save_resolved(experiment, Path(folder))
     try:
         pretrain(
@@ -213,9 +213,13 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _check_writable(experiment: Experiment, args: argparse.Namespace) -> None:
-    """Make the output folders and write a byte into each, so that a long run cannot end unsaved."""
-    for field, folder in {"run.dir": experiment.run.dir, "save": args.save}.items():
+def check_outputs(experiment: Experiment) -> None:
+    """Make the output folders and write a byte into each, so that a long run cannot end unsaved.
+
+    Raises:
+        ConfigError: a folder cannot be written to.
+    """
+    for field, folder in _output_folders(experiment).items():
         if folder is None:
             continue
         probe = Path(folder) / f".write_test.{os.getpid()}"
@@ -230,6 +234,10 @@ def _check_writable(experiment: Experiment, args: argparse.Namespace) -> None:
                 allowed="a folder this user can create and write to",
                 remedy="choose another run.dir, or make the folder writable",
             ) from error
+
+
+def _output_folders(experiment: Experiment) -> dict[str, str | None]:
+    return {"run.dir": experiment.run.dir, "save": experiment.megatron.get("save")}
 
 
 @contextlib.contextmanager

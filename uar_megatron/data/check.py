@@ -87,11 +87,13 @@ def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> DatasetI
         vocab_size=sidecar["vocab_size"] if sidecar else None,
         tokenizer_sha256=sidecar["tokenizer"]["sha256"] if sidecar else None,
     )
-    if sidecar and (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
-        raise DataError(
-            f"dataset {prefix}: the sidecar speaks of {sidecar['documents']} documents and "
-            f"{sidecar['tokens']} tokens, the index of {documents} and {tokens}{_REMEDY}"
-        )
+    if sidecar:
+        told = tuple(sidecar[key] for key in ("documents", "tokens", "dtype"))
+        if told != (documents, tokens, dtype):
+            raise DataError(
+                f"dataset {prefix}: the sidecar tells of {told[0]} documents and {told[1]} tokens "
+                f"of {told[2]}, the index of {documents} and {tokens} of {dtype}{_REMEDY}"
+            )
     if vocab_size is not None and info.vocab_size is not None and info.vocab_size > vocab_size:
         raise DataError(
             f"dataset {prefix}: made with a vocabulary of {info.vocab_size} ids, the model has "
@@ -153,10 +155,10 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
         return None
     try:
         sidecar: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("vocab_size", "documents", "tokens"):
-            if not isinstance(sidecar[key], int):
-                raise TypeError(f"{key} is not an integer")
-        sidecar["tokenizer"]["sha256"]
+        for key, kind in (("vocab_size", int), ("documents", int), ("tokens", int), ("dtype", str)):
+            if not isinstance(sidecar[key], kind):
+                raise TypeError(f"{key} is not of type {kind.__name__}")
+        sidecar["tokenizer"]["sha256"]  # must be there
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a sidecar written by uar-megatron: {error!r}") from error
     return sidecar

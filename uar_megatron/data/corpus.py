@@ -2,11 +2,11 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MIN_LINE_CHARACTERS = 20  # shorter lines (imports, headings, braces) say nothing about origin
-_MIN_LINES = 5
+_MIN_LINES = 3
 _MAX_OWNERS = 20  # a line found in more documents than that is boilerplate, a licence for one
 
 
@@ -28,36 +28,35 @@ class Deduplicated:
     near: int
 
 
-def deduplicate(documents: Iterable[Document], near_threshold: float = 0.8) -> Deduplicated:
-    """Drop documents equal to, or mostly contained in, one earlier document.
+def deduplicate(documents: Sequence[Document], near_threshold: float = 0.8) -> Deduplicated:
+    """Drop documents equal to another, or mostly contained in one larger document.
 
-    Equal means equal after every run of white space is made one space. Mostly contained means that
-    at least ``near_threshold`` of the distinct lines of 20 characters or more occur in the one
-    earlier document; documents with fewer than five such lines are compared exactly only.
+    Equal means equal after every run of white space is made one space; the first stays. Mostly
+    contained means that at least ``near_threshold`` of the distinct lines of 20 characters or more
+    occur in the one larger document; documents with fewer than three such lines are compared
+    exactly only.
     """
-    kept: list[Document] = []
-    seen: set[bytes] = set()
-    owners_of: defaultdict[str, list[int]] = defaultdict(list)
-    exact = near = 0
-    for document in documents:
+    by_digest: dict[bytes, int] = {}
+    for index, document in enumerate(documents):
         digest = hashlib.sha256(" ".join(document.text.split()).encode("utf-8")).digest()
-        if digest in seen:
-            exact += 1
-            continue
-        seen.add(digest)
-        stripped = (line.strip() for line in document.text.splitlines())
+        by_digest.setdefault(digest, index)
+    distinct = sorted(by_digest.values())
+
+    owners_of: defaultdict[str, list[int]] = defaultdict(list)
+    near: set[int] = set()
+    for index in sorted(distinct, key=lambda i: -len(documents[i].text)):
+        stripped = (line.strip() for line in documents[index].text.splitlines())
         lines = {line for line in stripped if len(line) >= _MIN_LINE_CHARACTERS}
         overlap = Counter(owner for line in lines for owner in owners_of.get(line, ()))
         most = max(overlap.values(), default=0)
         if len(lines) >= _MIN_LINES and most >= near_threshold * len(lines):
-            near += 1
+            near.add(index)
             continue
         for line in lines:
-            owners = owners_of[line]
-            if len(owners) < _MAX_OWNERS:
-                owners.append(len(kept))
-        kept.append(document)
-    return Deduplicated(kept, exact, near)
+            if len(owners_of[line]) < _MAX_OWNERS:
+                owners_of[line].append(index)
+    kept = [documents[index] for index in distinct if index not in near]
+    return Deduplicated(kept, exact=len(documents) - len(distinct), near=len(near))
 
 
 def split_by_hash(

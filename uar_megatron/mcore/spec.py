@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from uar_megatron.config import UARConfig, load_uar_section
+from uar_megatron.config import UARConfig
 from uar_megatron.errors import UARError
+from uar_megatron.experiment import load_uar_section
 from uar_megatron.mcore.arguments import check_compatible
 from uar_megatron.mcore.compat import (
     MoELayer,
