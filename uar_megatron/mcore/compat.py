@@ -127,7 +127,8 @@ def observe_training(
         on_step: called on every rank with ``training_log``'s arguments by name and the seconds that
             Megatron's interval timer shows (training alone, without validation and checkpoints).
         on_validation: called on ranks of the last pipeline stage with the iteration and the loss of
-            each validation set, named as in ``--validation-set-names`` or by its position.
+            each validation set, named as in ``--validation-set-names`` or by its position, and
+            after the training of each test set with ``test_`` before its name.
     """
     import inspect
 
@@ -158,7 +159,9 @@ def observe_training(
         iteration = inspect.signature(report).bind(prefix, *args, **kwargs).arguments["iteration"]
         losses.clear()
         result = report(prefix, *args, **kwargs)
-        names = get_args().validation_set_names or [str(i) for i in range(len(losses))]
+        names = get_args().validation_set_names or [f"set_{i}" for i in range(len(losses))]
+        if prefix.endswith("test set"):
+            names = [f"test_{name}" for name in names]
         values = {
             name: float(loss["lm loss"])
             for name, loss in zip(names, losses, strict=False)

@@ -1,0 +1,153 @@
+"""Writing and reading the run log, a file of JSON lines that survives kills and full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from uar_megatron.errors import UARError
+from uar_megatron.reporting.schema import (
+    SCHEMA_VERSION,
+    AnyRecord,
+    Record,
+    Start,
+    Step,
+    Validation,
+    parse_record,
+)
+
+
+class RunLogWriter:
+    """Appends records, each with one write of one whole line.
+
+    A line that an earlier process was killed in is ended first, so that it spoils nothing after it.
+    Where the disk is full the training goes on: lost lines are counted and announced on stderr.
+
+    Args:
+        path: the log; its folder is made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._lost = 0
+        # A device such as /dev/full has no end to look at.
+        size = os.fstat(self._file).st_size
+        self._line_is_open = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        line = record.to_line().encode()
+        if self._line_is_open:
+            line = b"\n" + line
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            if self._lost == 0:
+                print(f"run log: cannot write ({error.strerror}); training goes on", file=sys.stderr)
+            self._lost += 1
+            return
+        self._line_is_open = written < len(line)
+        if self._line_is_open:
+            self._lost += 1
+        elif self._lost:
+            print(f"run log: writing again, {self._lost} lines were lost", file=sys.stderr)
+            self._lost = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+@dataclass
+class Run:
+    """A run as its log tells it, every step once.
+
+    Attributes:
+        starts: one per process that trained, in order.
+        steps: logging intervals, by step.
+        validations: by step.
+    """
+
+    starts: list[Start] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps at which a later process took the run up again."""
+        return [start.step for start in self.starts if start.step > 0]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run log.
+
+    A resume at step S takes back what the killed process logged after S, so nothing counts twice;
+    so does a record of a step that is there already. Lines that are not records (a process was
+    killed while writing) are left out with a warning.
+
+    Raises:
+        UARError: the file is missing or holds no record, or is of a newer schema.
+    """
+    if not path.is_file():
+        raise UARError(f"{path}: no run log here\n  remedy:  train first; a run writes run.jsonl")
+    run = Run()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                record = _parse(line, path, number)
+                if record is not None:
+                    _add(run, record)
+    if not run.starts and not run.steps:
+        raise UARError(f"{path}: the run log holds no record yet")
+    return run
+
+
+def _parse(line: bytes, path: Path, number: int) -> AnyRecord | None:
+    try:
+        return parse_record(line)
+    except ValidationError:
+        version = _schema_version(line)
+        if version is not None and version > SCHEMA_VERSION:
+            raise UARError(
+                f"{path}: line {number} is of schema {version}; this version reads up to "
+                f"{SCHEMA_VERSION}\n  remedy:  upgrade uar-megatron"
+            ) from None
+        warnings.warn(f"{path}: line {number} is not a whole record, left out", stacklevel=3)
+        return None
+
+
+def _schema_version(line: bytes) -> int | None:
+    try:
+        version = json.loads(line).get("schema")
+    except (ValueError, AttributeError):
+        return None
+    return version if isinstance(version, int) else None
+
+
+def _add(run: Run, record: AnyRecord) -> None:
+    if isinstance(record, Start):
+        run.starts.append(record)
+        _drop_after(run, record.step)
+    elif isinstance(record, Step):
+        while run.steps and run.steps[-1].step >= record.step:
+            run.steps.pop()
+        run.steps.append(record)
+    else:
+        while run.validations and run.validations[-1].step > record.step:
+            run.validations.pop()
+        if run.validations and run.validations[-1].step == record.step:
+            # Validation and test sets come one after the other.
+            record.losses = run.validations.pop().losses | record.losses
+        run.validations.append(record)
+
+
+def _drop_after(run: Run, step: int) -> None:
+    run.steps = [s for s in run.steps if s.step <= step]
+    run.validations = [v for v in run.validations if v.step <= step]
