@@ -42,22 +42,19 @@ def train(
     with ``-m uar_megatron.pretrain --config FILE``.
     """
     from uar_megatron.experiment import load_experiment
-    from uar_megatron.pretrain import check_outputs, describe, fail, validate
+    from uar_megatron.pretrain import check_outputs, describe, validate
 
-    try:
-        experiment = load_experiment(config, overrides or [])
-        if dry_run:
-            print(describe(experiment))
-            return
-        if experiment.launch.nnodes != 1:
-            raise UARError(
-                f"launch.nnodes: {experiment.launch.nnodes} nodes, but `uar train` starts one\n"
-                "  remedy:  run torchrun on every node with -m uar_megatron.pretrain --config …"
-            )
-        validate(experiment, experiment.launch.nproc_per_node)
-        check_outputs(experiment)
-    except UARError as error:
-        fail(error)
+    experiment = load_experiment(config, overrides or [])
+    if dry_run:
+        print(describe(experiment))
+        return
+    if experiment.launch.nnodes != 1:
+        raise UARError(
+            f"launch.nnodes: {experiment.launch.nnodes} nodes, but `uar train` starts one\n"
+            "  remedy:  run torchrun on every node with -m uar_megatron.pretrain --config …"
+        )
+    validate(experiment, experiment.launch.nproc_per_node)
+    check_outputs(experiment)
     # One thread per rank unless told otherwise: torchrun would set it too, but with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = [
@@ -69,5 +66,32 @@ def train(
     os.execv(sys.executable, command)
 
 
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a run: has run.jsonl")],
+    manifest: Annotated[
+        Path | None, typer.Option(help="manifest.json of the corpus, for the unigram comparison")
+    ] = None,
+) -> None:
+    """Write the figures and the summary of a run into its folder, from its log alone."""
+    from uar_megatron.reporting.plots import write_figures
+    from uar_megatron.reporting.runlog import RUN_LOG, read_run
+    from uar_megatron.reporting.summary import write_summary
+
+    run = read_run(run_dir / RUN_LOG)
+    print(write_summary(run, run_dir, manifest))
+    for path in write_figures(run, run_dir / "figures"):
+        print(path)
+
+
+def main() -> None:
+    """Run the command; a user's error is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except UARError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -164,7 +164,7 @@ def _prepare_process(experiment: Experiment) -> list[str]:
 
 def _check_data(args: argparse.Namespace) -> None:
     """Refuse missing or corrupt datasets and tokenizers before Megatron opens them."""
-    from uar_megatron.data.build import check_dataset
+    from uar_megatron.data.check import check_dataset
 
     if args.tokenizer_model and os.sep in args.tokenizer_model:
         if not Path(args.tokenizer_model).exists():
@@ -181,7 +181,7 @@ def _check_data(args: argparse.Namespace) -> None:
 
 def _check_vocabulary(args: argparse.Namespace) -> None:
     """Refuse a dataset whose token ids do not fit the model's vocabulary."""
-    from uar_megatron.data.build import check_dataset
+    from uar_megatron.data.check import check_dataset
 
     if args.rank == 0 and not args.mock_data:
         for prefix in _data_prefixes(args):

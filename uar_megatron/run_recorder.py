@@ -15,11 +15,9 @@ from uar_megatron.experiment import Experiment
 from uar_megatron.mcore.compat import observe_training
 from uar_megatron.mcore.step import routers_of
 from uar_megatron.mcore.tracker import RoutingTracker
-from uar_megatron.reporting.runlog import RunLogWriter
+from uar_megatron.reporting.runlog import RUN_LOG, RunLogWriter
 from uar_megatron.reporting.schema import Record, Start, Step, Validation
 from uar_megatron.reporting.sinks import ConsoleSink, FanOut, Sink, TensorBoardSink, WandbSink
-
-RUN_LOG = "run.jsonl"
 
 
 class RunRecorder:

@@ -22,6 +22,9 @@ from uar_megatron.reporting.schema import (
     parse_record,
 )
 
+RUN_LOG = "run.jsonl"
+"""Name of the log in a run's folder."""
+
 
 class RunLogWriter:
     """Appends records, each with one write of one whole line.
