@@ -1,7 +1,7 @@
 """Our entry without UAR: the installed Megatron's own routers and dispatchers, same data and loop.
 
-Run under torchrun as ``stock_pretrain.py CONFIG OUTPUT key=value …``; the ``uar`` section is ignored.
-The last rank writes the training losses, in full precision, to OUTPUT.
+Run under torchrun as ``stock_pretrain.py CONFIG OUTPUT key=value …``; the ``uar`` section is not
+used. The last rank writes the training losses, in full precision, to OUTPUT.
 """
 
 from __future__ import annotations

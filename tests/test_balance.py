@@ -64,7 +64,9 @@ def test_masked_loss_and_its_gradient(tokens: int, experts: int, seed: int, nobo
     np.testing.assert_allclose(variable.grad.numpy(), by_hand, rtol=1e-7, atol=1e-14)
 
 
-@given(seed=st.integers(0, 2**16), rule=st.sampled_from(["sign", "proportional"]), mask=st.booleans())
+@given(
+    seed=st.integers(0, 2**16), rule=st.sampled_from(["sign", "proportional"]), mask=st.booleans()
+)
 @settings(max_examples=60, deadline=None)
 def test_bias_update(seed: int, rule: str, mask: bool) -> None:
     rng = np.random.default_rng(seed)

@@ -85,7 +85,9 @@ def test_no_tokens_or_no_spread_leaves_everybody_average(rows: int) -> None:
     logits = torch.ones(rows, 8)
     feed(stats, logits)
     stats.commit(stats.pending().clone())
-    assert torch.count_nonzero(stats.measure(torch.randn(4, 8) if rows == 0 else logits).zscore_T) == 0
+    assert (
+        torch.count_nonzero(stats.measure(torch.randn(4, 8) if rows == 0 else logits).zscore_T) == 0
+    )
     assert int(stats.num_updates) == (1 if rows else 0)
 
 

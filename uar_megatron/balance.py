@@ -65,8 +65,8 @@ def masked_balancing_loss(
 class BalancingBias(FixedPrecisionModule):
     """A per-expert selection bias that replaces or accompanies the auxiliary loss (Eq. 7).
 
-    Megatron has one (``moe_router_enable_expert_bias``) but refuses it with softmax scores; this one
-    works with every score function and can weight tokens by their uncertainty.
+    Megatron has one (``moe_router_enable_expert_bias``) but refuses it with softmax scores; this
+    one works with every score function and can weight tokens by their uncertainty.
 
     Buffers: ``value`` (float32 ``[experts]``, persistent); local weighted slot counts.
     """
@@ -87,7 +87,11 @@ class BalancingBias(FixedPrecisionModule):
 
     @torch.no_grad()
     def accumulate(
-        self, routing_map_TE: torch.Tensor, zscore_T: torch.Tensor, theta: float | None, clb: CLBConfig
+        self,
+        routing_map_TE: torch.Tensor,
+        zscore_T: torch.Tensor,
+        theta: float | None,
+        clb: CLBConfig,
     ) -> None:
         """Count the slots of each expert, each token's weighted by λ_hi or λ_lo (Eq. 7).
 

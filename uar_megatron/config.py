@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +19,11 @@ from uar_megatron.errors import ConfigError
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ROUNDING = {"floor": math.floor, "nearest": round, "ceil": math.ceil}
+ROUNDING: dict[str, Callable[[float], int]] = {
+    "floor": math.floor,
+    "nearest": round,
+    "ceil": math.ceil,
+}
 
 
 class Section(BaseModel):
@@ -46,7 +50,7 @@ class BudgetConfig(Section):
     beta: Finite = 2.0
     """β (Table 3: b), experts of a token of average uncertainty, before rounding."""
     k_min: Annotated[int, Field(ge=0)] = 1
-    """Fewest experts of a token; 0 leaves confident tokens to the residual path. Not in the paper."""
+    """Fewest experts of a token; 0 leaves it to the residual path. Not in the paper."""
     k_max: Annotated[int, Field(ge=1)] = 4
     """Most experts of a token. Not in the paper."""
     rounding: Literal["floor", "nearest", "ceil"] = "floor"
@@ -133,10 +137,9 @@ class UARConfig(Section):
     states: StatesConfig = StatesConfig()
 
 
-AnySection = TypeVar("AnySection", bound=Section)
-
-
-def parse_section(section: type[AnySection], values: Any, prefix: str) -> AnySection:
+def parse_section[AnySection: Section](
+    section: type[AnySection], values: Any, prefix: str
+) -> AnySection:
     """Build a section from plain values.
 
     Args:

@@ -1,4 +1,4 @@
-"""The errors a user of uar-megatron can see. Each says what was wrong, what is allowed and what to do."""
+"""The errors a user of uar-megatron can see: what was wrong, what is allowed, what to do."""
 
 
 class UARError(Exception):

@@ -31,7 +31,7 @@ class RunConfig(Section):
     name: str = "run"
     """Name in logs and figures."""
     dir: str = "runs/run"
-    """Folder of the run: ``run.jsonl``, ``config.yaml``, and by default checkpoints and TensorBoard."""
+    """Folder of the run: run log, resolved configuration, by default also checkpoints."""
 
 
 class LaunchConfig(Section):
@@ -177,9 +177,10 @@ def _compose(
             raise ConfigError(
                 "defaults", f"{entry!r} in {path}", allowed="- group: name, or - experiment"
             )
-        ((group, name),) = entry.items()
+        group = str(next(iter(entry)))
+        name = groups.get(group, entry[group])
         used.add(group)
-        chosen.append(_find(f"{group}/{groups.get(str(group), name)}.yaml", roots, path))
+        chosen.append(_find(f"{group}/{name}.yaml", roots, path))
     if not parents:
         extra = {g: n for g, n in groups.items() if g not in used}
         chosen += [_find(f"{group}/{name}.yaml", roots, path) for group, name in extra.items()]

@@ -174,8 +174,8 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         steps: optimizer steps in the interval.
 
     Returns:
-        Means per token, load fractions, the mean over steps of MaxVio = max_e load_e / mean load − 1,
-        and rows per step, under the names of ``reporting.schema.LayerMetrics``.
+        Means per token, load fractions, the mean over steps of MaxVio (max_e load_e / mean load
+        − 1) and rows per step, under the names of ``reporting.schema.LayerMetrics``.
     """
     sums = {name: float(total[i]) for name, i in _INDEX.items()}
     histogram = total[len(_SCALARS) : len(_SCALARS) + max_k + 1]

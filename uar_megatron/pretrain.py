@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uar_megatron.experiment import Experiment, load_experiment, save_resolved
 from uar_megatron.errors import ConfigError, DataError, UARError
+from uar_megatron.experiment import Experiment, load_experiment, save_resolved
 
 
 def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
@@ -121,7 +121,9 @@ def describe(experiment: Experiment) -> str:
     validate(experiment, world_size)
     from uar_megatron.mcore.arguments import to_argv
 
-    arguments = "\n".join(f"#   {line}" for line in _one_option_per_line(to_argv(experiment.megatron)))
+    arguments = "\n".join(
+        f"#   {line}" for line in _one_option_per_line(to_argv(experiment.megatron))
+    )
     return f"{experiment.to_yaml()}\n# Megatron arguments for {world_size} ranks:\n{arguments}"
 
 
@@ -166,13 +168,13 @@ def _check_data(args: argparse.Namespace) -> None:
     """Refuse missing or corrupt datasets and tokenizers before Megatron opens them."""
     from uar_megatron.data.check import check_dataset
 
-    if args.tokenizer_model and os.sep in args.tokenizer_model:
-        if not Path(args.tokenizer_model).exists():
-            raise DataError(
-                f"tokenizer_model: {args.tokenizer_model} does not exist\n"
-                "  remedy:  prepare the data first (`make demo` or `uar data --help`), or correct "
-                "the path"
-            )
+    tokenizer = args.tokenizer_model
+    if tokenizer and os.sep in tokenizer and not Path(tokenizer).exists():
+        raise DataError(
+            f"tokenizer_model: {tokenizer} does not exist\n"
+            "  remedy:  prepare the data first (`make demo` or `uar data --help`), or correct "
+            "the path"
+        )
     if args.mock_data:
         return
     for prefix in _data_prefixes(args):
@@ -192,7 +194,12 @@ def _data_prefixes(args: argparse.Namespace) -> list[str]:
     """The dataset prefixes among Megatron's data-path lists, whose weights are numbers."""
     words = [
         word
-        for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for paths in (
+            args.data_path,
+            args.train_data_path,
+            args.valid_data_path,
+            args.test_data_path,
+        )
         for word in paths or ()
     ]
     if not words and not (args.data_args_path or args.per_split_data_args_path):

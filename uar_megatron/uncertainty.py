@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from uar_kernels.uncertainty import energy_and_entropy
 
+from uar_kernels.uncertainty import energy_and_entropy
 from uar_megatron.config import UARConfig
 from uar_megatron.decision import Uncertainty
 
@@ -17,8 +17,8 @@ SIGMA_FLOOR = 1e-6
 class FixedPrecisionModule(torch.nn.Module):
     """A module whose buffers follow the model's device but never its dtype.
 
-    ``Float16Module`` converts every floating-point buffer to bf16; a bias that moves by 1e-3 a step
-    or a step count would stop moving there. (Megatron guards ``expert_bias`` likewise, router.py:263.)
+    ``Float16Module`` converts every floating-point buffer to bf16, where a bias that moves by 1e-3
+    a step would stop moving. (Megatron guards its ``expert_bias`` likewise, router.py:263.)
     """
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -76,7 +76,7 @@ class MovingStatistics(FixedPrecisionModule):
 
     @torch.no_grad()
     def accumulate(self, uncertainty: Uncertainty, valid_T: torch.Tensor | None = None) -> None:
-        """Add this micro-batch's deviations; tokens with ``valid_T`` False (padding) are left out."""
+        """Add this micro-batch's deviations; padding (``valid_T`` False) is left out."""
         u_T = self._select(uncertainty.energy_T, uncertainty.entropy_T).double()
         finite_T = torch.isfinite(u_T)
         counted_T = finite_T if valid_T is None else finite_T & valid_T

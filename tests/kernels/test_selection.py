@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from uar_kernels.selection import select_experts
 
 
@@ -14,7 +15,9 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     experts = draw(st.sampled_from([1, 6, 7, 8]))
     width = draw(st.integers(0, experts))
     # Few distinct values, so that ties are common.
-    scores = draw(hnp.arrays(np.float32, (tokens, experts), elements=st.sampled_from([0.0, 0.5, 1.0])))
+    scores = draw(
+        hnp.arrays(np.float32, (tokens, experts), elements=st.sampled_from([0.0, 0.5, 1.0]))
+    )
     k = draw(hnp.arrays(np.int64, (tokens,), elements=st.integers(0, width)))
     return scores, k, width
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from uar_kernels.uncertainty import energy_and_entropy
 
 LOGITS = hnp.arrays(
@@ -65,5 +66,7 @@ def test_computes_in_fp32_whatever_the_router_dtype(dtype: torch.dtype) -> None:
 
 
 def test_nonfinite_logits_stay_visible() -> None:
-    energy, _ = energy_and_entropy(torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [-math.inf] * 2]))
+    energy, _ = energy_and_entropy(
+        torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [-math.inf] * 2])
+    )
     assert not torch.isfinite(energy).any()

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from moe_cases import assert_bit_equal, hidden_states, run, stock_layer, transformer_config, uar_layer
+from moe_cases import (
+    assert_bit_equal,
+    hidden_states,
+    run,
+    stock_layer,
+    transformer_config,
+    uar_layer,
+)
 
 pytestmark = pytest.mark.usefixtures("model_parallel")
 

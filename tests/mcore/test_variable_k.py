@@ -185,14 +185,16 @@ def test_padding_tokens_count_nowhere() -> None:
     mask = torch.zeros(20, 1, dtype=torch.bool)
     mask[15:] = True
     get_moe_metrics_tracker()._metrics.clear()
-    _, routing_map = layer.router(inputs, mask)
+    layer.router(inputs, mask)
     padded = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.clone()
     pending = layer.router.pending().clone()
     layer.router.uar_statistics._pending.zero_()
     layer.router.uar_bias._pending.zero_()
     get_moe_metrics_tracker()._metrics.clear()
     layer.router(inputs[:15])
-    torch.testing.assert_close(get_moe_metrics_tracker().metrics["load_balancing_loss"].values, padded)
+    torch.testing.assert_close(
+        get_moe_metrics_tracker().metrics["load_balancing_loss"].values, padded
+    )
     torch.testing.assert_close(layer.router.pending(), pending)
 
 

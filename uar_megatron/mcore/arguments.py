@@ -120,9 +120,7 @@ def _switch(
         return []  # the opposite of the only flag is the default
     if value in constants:
         return [constants[value].option_strings[-1]]
-    raise ConfigError(
-        key, f"{value!r} is not allowed", allowed=", ".join(map(str, constants))
-    )
+    raise ConfigError(key, f"{value!r} is not allowed", allowed=", ".join(map(str, constants)))
 
 
 def _as_bool(key: str, value: Any) -> bool:
@@ -205,8 +203,9 @@ RULES = (
         "lower uar.budget.k_max to num_experts or less",
     ),
     _Rule(
-        lambda uar, args: _variable(uar, args)
-        and args.moe_token_dispatcher_type not in ("alltoall", "allgather"),
+        lambda uar, args: (
+            _variable(uar, args) and args.moe_token_dispatcher_type not in ("alltoall", "allgather")
+        ),
         "moe_token_dispatcher_type",
         "this dispatcher assumes the same number of experts for every token",
         "use moe_token_dispatcher_type=alltoall (or allgather)",
@@ -224,8 +223,10 @@ RULES = (
         "remove moe_router_padding_for_quantization",
     ),
     _Rule(
-        lambda uar, args: (_variable(uar, args) or uar.bias.enabled)
-        and (args.moe_router_num_groups or args.moe_router_group_topk),
+        lambda uar, args: (
+            (_variable(uar, args) or uar.bias.enabled)
+            and (args.moe_router_num_groups or args.moe_router_group_topk)
+        ),
         "moe_router_group_topk",
         "group-limited selection is not supported with a variable k or with our bias",
         _TABLE_NOT_YET,
@@ -243,15 +244,18 @@ RULES = (
         _TABLE_NOT_YET,
     ),
     _Rule(
-        lambda uar, args: _unstock(uar, args)
-        and {"sinkhorn", "quantile_balancing"} & set(_loss_types(args)),
+        lambda uar, args: (
+            _unstock(uar, args) and {"sinkhorn", "quantile_balancing"} & set(_loss_types(args))
+        ),
         "moe_router_load_balancing_type",
         "sinkhorn and quantile balancing choose experts in their own way",
         "use aux_loss or none, or a plain top-k policy",
     ),
     _Rule(
-        lambda uar, args: (_variable(uar, args) or uar.clb.enabled or uar.bias.enabled)
-        and {"seq_aux_loss", "global_aux_loss"} & set(_loss_types(args)),
+        lambda uar, args: (
+            (_variable(uar, args) or uar.clb.enabled or uar.bias.enabled)
+            and {"seq_aux_loss", "global_aux_loss"} & set(_loss_types(args))
+        ),
         "moe_router_load_balancing_type",
         "seq_aux_loss and global_aux_loss are not supported with a variable k, CLB or our bias yet",
         "use aux_loss or none",
@@ -276,8 +280,9 @@ RULES = (
         "use uar.bias.enabled=true instead, which works with a variable k",
     ),
     _Rule(
-        lambda uar, args: _unstock(uar, args)
-        and getattr(args, "cuda_graph_impl", "none") != "none",
+        lambda uar, args: (
+            _unstock(uar, args) and getattr(args, "cuda_graph_impl", "none") != "none"
+        ),
         "cuda_graph_impl",
         "the number of dispatched rows changes from step to step",
         "set cuda_graph_impl=none",
@@ -289,8 +294,9 @@ RULES = (
         "use transformer_impl=transformer_engine or local",
     ),
     _Rule(
-        lambda uar, args: _variable(uar, args)
-        and getattr(args, "overlap_moe_expert_parallel_comm", False),
+        lambda uar, args: (
+            _variable(uar, args) and getattr(args, "overlap_moe_expert_parallel_comm", False)
+        ),
         "overlap_moe_expert_parallel_comm",
         "the overlapped schedule has not been tested with a variable k",
         "remove overlap_moe_expert_parallel_comm",

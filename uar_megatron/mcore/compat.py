@@ -72,11 +72,11 @@ __all__ = [
     "BlendedMegatronDatasetBuilder",
     "GPTDataset",
     "GPTDatasetConfig",
-    "MockGPTDataset",
     "MoEAllGatherTokenDispatcher",
     "MoEAlltoAllTokenDispatcher",
     "MoELayer",
     "MoESubmodules",
+    "MockGPTDataset",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "add_megatron_arguments",
@@ -99,7 +99,7 @@ def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 
 
 def default_layer_spec(config: Any, vp_stage: int | None) -> Any:
-    """The layer spec Megatron would take: of a ``GPTModelConfig``, or of a ``TransformerConfig``."""
+    """The layer spec Megatron would take for a ``GPTModelConfig`` or ``TransformerConfig``."""
     from megatron.training.models import gpt
 
     if isinstance(config, gpt.GPTModelConfig):
@@ -120,8 +120,9 @@ def observe_training(
     """Call back after each optimizer step and each validation of the training loop.
 
     ``megatron.training.training`` has no such hooks: its metrics tracker is not told the learning
-    rate or the gradient norm, and validation losses only reach its writers. So its ``training_log``,
-    ``evaluate`` and ``evaluate_and_print_results`` are called through; their results are untouched.
+    rate or the gradient norm, and validation losses only reach its writers. So its
+    ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are called through, their
+    results untouched.
 
     Args:
         on_step: called on every rank with ``training_log``'s arguments by name and the seconds that

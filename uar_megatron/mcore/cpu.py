@@ -52,18 +52,37 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  (maps torch's functions at its import: it must see the originals)
+import torch._dynamo
 import torch.distributed as dist
 
 from uar_megatron.errors import UnsupportedEnvironmentError
 
 logger = logging.getLogger(__name__)
 
-_FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
-    "rand rand_like randint randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
-_TENSOR_METHODS = "to new_empty new_full new_ones new_tensor new_zeros".split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+_TENSOR_METHODS = ["to", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 _enabled = False
 
@@ -265,10 +284,10 @@ def _replace_rng() -> None:
         torch.default_generator.manual_seed(int(seed))
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_state  # type: ignore[assignment]
-        module.set_rng_state = set_state  # type: ignore[assignment]
-        module.manual_seed = seed_generator  # type: ignore[assignment]
-        module.manual_seed_all = seed_generator  # type: ignore[assignment]
+        module.get_rng_state = get_state  # type: ignore
+        module.set_rng_state = set_state  # type: ignore
+        module.manual_seed = seed_generator  # type: ignore
+        module.manual_seed_all = seed_generator  # type: ignore
 
     loader = torch.utils.data.DataLoader
     original_iter = loader.__iter__
@@ -316,7 +335,12 @@ def _replace_collectives() -> None:
         async_op: bool = False,
     ) -> Any:
         return original_all_to_all(
-            output, input, _as_list(output_split_sizes), _as_list(input_split_sizes), group, async_op
+            output,
+            input,
+            _as_list(output_split_sizes),
+            _as_list(input_split_sizes),
+            group,
+            async_op,
         )
 
     original_all_gather = dist.all_gather

@@ -1,4 +1,4 @@
-"""Data, batches and loss of GPT pretraining: what ``megatron.training.pretrain`` asks its caller for.
+"""Data, batches and loss of GPT pretraining, which ``megatron.training.pretrain`` is handed.
 
 The megatron-core wheel has the training loop but not ``pretrain_gpt.py``; this is our counterpart
 for plain (unpacked) pretraining data, on Megatron's own datasets and batch functions.
@@ -149,9 +149,10 @@ def _next_batch(
 
 
 def _loss(
-    loss_mask: torch.Tensor, output: torch.Tensor
+    loss_mask: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses, the number of tokens, and both for the report (Megatron's form)."""
+    assert loss_mask is not None  # only called on the last pipeline stage, which reads data
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)

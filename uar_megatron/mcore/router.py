@@ -179,7 +179,11 @@ class UARRouter(TopKRouter):
         )
 
     def attach_and_log_load_balancing_loss(
-        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *args: Any,
+        self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As in Megatron, and add the loss to this layer's metrics."""

@@ -16,7 +16,7 @@ def routers_of(model: Iterable[torch.nn.Module]) -> list[UARRouter]:
 
 
 class StepBoundary:
-    """Wraps Megatron's ``finalize_model_grads_func``: it runs once per optimizer step, on every rank.
+    """Wraps Megatron's ``finalize_model_grads_func``: called once per optimizer step on every rank.
 
     ``train()`` keeps a finalize function that is already on the configuration (training.py:3549).
 

@@ -18,7 +18,7 @@ class UARAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """As in Megatron, with the number of rows counted from ``routing_map``.
 
-        Counting needs the device-to-host copy one point earlier, as token dropping does in Megatron.
+        Counting needs the device-to-host copy one point earlier, as Megatron's token dropping does.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
         if not self.drop_and_pad:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from uar_kernels.selection import select_experts
 
+from uar_kernels.selection import select_experts
 from uar_megatron.decision import RoutingDecision
 from uar_megatron.policies.base import RouterSettings
 

@@ -53,7 +53,9 @@ class RunLogWriter:
             written = os.write(self._file, line)
         except OSError as error:
             if self._lost == 0:
-                print(f"run log: cannot write ({error.strerror}); training goes on", file=sys.stderr)
+                print(
+                    f"run log: cannot write ({error.strerror}); training goes on", file=sys.stderr
+                )
             self._lost += 1
             return
         self._line_is_open = written < len(line)

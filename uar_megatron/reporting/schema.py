@@ -14,7 +14,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
-    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema", serialization_alias="schema")
+    schema_version: int = Field(
+        default=SCHEMA_VERSION, alias="schema", serialization_alias="schema"
+    )
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, with its newline."""

@@ -22,7 +22,7 @@ class Sink(Protocol):
 
 
 class FanOut:
-    """Hands each record to every sink; one that fails is reported once and left out from then on."""
+    """Hands each record to every sink; one that fails is reported once and then left out."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)

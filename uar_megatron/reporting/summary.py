@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,9 +24,10 @@ def summarise(run: Run, unigram: dict[str, float] | None = None) -> dict[str, An
         unigram: perplexity of a unigram model of the training data on each validation set.
 
     Returns:
-        Under ``validation``, for each set: final and best loss, perplexity, whether the loss fell at
-        every evaluation, and the unigram model's perplexity over the final one. Beside it steps,
-        resumes, k_eff early (first tenth) and late (last quarter), MaxVio late, tokens per second.
+        Under ``validation``, for each set: final and best loss, perplexity, whether the loss fell
+        at every evaluation, and the unigram model's perplexity over the final one. Beside it
+        steps, resumes, k_eff early (first tenth) and late (last quarter), MaxVio late, tokens per
+        second.
     """
     late = _part(run.steps, 0.75, 1.0)
     return {
@@ -68,7 +70,7 @@ def _validation(run: Run, name: str, unigram: float | None) -> dict[str, Any]:
         "final_loss": losses[-1],
         "best_loss": min(losses),
         "perplexity": perplexity,
-        "fell_at_every_evaluation": all(b < a for a, b in zip(losses, losses[1:], strict=False)),
+        "fell_at_every_evaluation": all(b < a for a, b in itertools.pairwise(losses)),
         "unigram_perplexity": unigram,
         "unigram_over_model": None if unigram is None else unigram / perplexity,
     }
@@ -97,9 +99,7 @@ def _unigram(manifest: Path) -> dict[str, float]:
         entries = json.loads(manifest.read_text(encoding="utf-8"))["unigram"]
     except (OSError, ValueError, KeyError) as error:
         raise UARError(f"{manifest}: not a corpus manifest with unigram figures") from error
-    return {
-        split.removeprefix("valid_"): values["perplexity"] for split, values in entries.items()
-    }
+    return {split.removeprefix("valid_"): values["perplexity"] for split, values in entries.items()}
 
 
 def _text(summary: dict[str, Any]) -> str:
