@@ -1,7 +1,8 @@
 """Our entry without UAR: the installed Megatron's own routers and dispatchers, same data and loop.
 
-Run under torchrun as ``stock_pretrain.py CONFIG OUTPUT key=value …``; the ``uar`` section is not
-used. The last rank writes the training losses, in full precision, to OUTPUT.
+Run under torchrun as ``stock_pretrain.py CONFIG OUTPUT key=value … [-- --flag …]``. The ``uar``
+section is not used; what follows ``--`` goes to Megatron as it is (``--spec``). The last rank
+writes the training losses, in full precision, to OUTPUT.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from uar_megatron.pretrain import _argv, _prepare_process
 
 
 def main() -> None:
-    config, output, *overrides = sys.argv[1:]
-    argv = _prepare_process(load_experiment(config, overrides))
+    config, output, *rest = sys.argv[1:]
+    split = rest.index("--") if "--" in rest else len(rest)
+    argv = [*_prepare_process(load_experiment(config, rest[:split])), *rest[split + 1 :]]
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from jobs import TINY, environment, torchrun, train_arguments
 
+from uar_megatron.data.build import build_dataset
 from uar_megatron.errors import UnsupportedEnvironmentError
 from uar_megatron.mcore.compat import check_megatron_version
 
@@ -65,6 +66,39 @@ def test_is_refused_with_a_message_that_helps(case: str, tmp_path: Path) -> None
     for words in expected:
         assert words in result.stderr
     assert not run_dir.exists()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A small real dataset whose tokens are bytes."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    build_dataset([text], tmp_path / "data", "bytes", workers=1)
+    return tmp_path / "data"
+
+
+def train_on(dataset: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    keys = ("mock_data=null", f"data_path=[{dataset}]", *overrides)
+    return uar("train", str(TINY), f"run.dir={dataset.parent / 'run'}", *keys)
+
+
+@pytest.mark.slow
+def test_corrupt_index(dataset: Path) -> None:
+    index = dataset.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:-7])
+    result = train_on(dataset)
+    assert result.returncode == 2, result.stderr
+    assert f"{dataset}" in result.stderr
+    assert "build it again" in result.stderr
+    assert not (dataset.parent / "run").exists()
+
+
+@pytest.mark.slow
+def test_vocabulary_mismatch(dataset: Path) -> None:
+    result = train_on(dataset, "vocab_size=60", "make_vocab_size_divisible_by=1")
+    assert result.returncode == 2, result.stderr
+    assert "vocab" in result.stderr
+    assert not (dataset.parent / "run").exists()
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ ROUNDING: dict[str, Callable[[float], int]] = {
 class Section(BaseModel):
     """Base of all sections: frozen, and a key that is not a field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class StatisticsConfig(Section):
@@ -131,10 +131,15 @@ class UARConfig(Section):
     temperature: Positive = 1.0
     """τ of Eq. 3 and 4."""
     statistics: StatisticsConfig = StatisticsConfig()
+    """Moving statistics ū and σ_u."""
     budget: BudgetConfig = BudgetConfig()
+    """Adaptive Expansion."""
     clb: CLBConfig = CLBConfig()
+    """Calibrated Load Balancing."""
     bias: BiasConfig = BiasConfig()
+    """Aux-loss-free bias."""
     states: StatesConfig = StatesConfig()
+    """Borders of the routing states."""
 
 
 def parse_section[AnySection: Section](

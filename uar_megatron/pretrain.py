@@ -29,12 +29,14 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
         UARError: something is wrong; the message says what and how to mend it.
     """
     argv = _prepare_process(experiment)
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import (
         core_transformer_config_from_args,
         parse_args,
         validate_args,
     )
 
+    from uar_megatron.data.check import check_dataset
     from uar_megatron.mcore.arguments import check_compatible
 
     with _environment(WORLD_SIZE=str(world_size), RANK="0"), _megatron_refusals(), _argv(argv):
@@ -42,7 +44,11 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
         check_compatible(experiment.uar, args)
         validate_args(args)
         core_transformer_config_from_args(args)
-    _check_data(args)
+    _check_tokenizer(args)
+    with _megatron_refusals():
+        build_tokenizer(args)  # sets the vocabulary that the data must fit
+    for prefix in _data_prefixes(args):
+        check_dataset(prefix, args.padded_vocab_size)
     return args
 
 
@@ -71,7 +77,6 @@ def run(experiment: Experiment) -> None:
 
     with _argv(argv), _megatron_refusals():
         args = parse_and_validate_args()
-        _check_vocabulary(args)
         model_config = gpt_config_from_args(args)
     model_config.transformer_layer_spec = uar_layer_spec(experiment.uar)
     recorder = RunRecorder(experiment, args)
@@ -164,10 +169,8 @@ def _prepare_process(experiment: Experiment) -> list[str]:
     return to_argv(experiment.megatron)
 
 
-def _check_data(args: argparse.Namespace) -> None:
-    """Refuse missing or corrupt datasets and tokenizers before Megatron opens them."""
-    from uar_megatron.data.check import check_dataset
-
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    """Refuse a tokenizer path that does not exist, before a library looks for it on a hub."""
     tokenizer = args.tokenizer_model
     if tokenizer and os.sep in tokenizer and not Path(tokenizer).exists():
         raise DataError(
@@ -175,23 +178,12 @@ def _check_data(args: argparse.Namespace) -> None:
             "  remedy:  prepare the data first (`make demo` or `uar data --help`), or correct "
             "the path"
         )
-    if args.mock_data:
-        return
-    for prefix in _data_prefixes(args):
-        check_dataset(prefix, vocab_size=None)
-
-
-def _check_vocabulary(args: argparse.Namespace) -> None:
-    """Refuse a dataset whose token ids do not fit the model's vocabulary."""
-    from uar_megatron.data.check import check_dataset
-
-    if args.rank == 0 and not args.mock_data:
-        for prefix in _data_prefixes(args):
-            check_dataset(prefix, vocab_size=args.padded_vocab_size)
 
 
 def _data_prefixes(args: argparse.Namespace) -> list[str]:
     """The dataset prefixes among Megatron's data-path lists, whose weights are numbers."""
+    if args.mock_data:
+        return []
     words = [
         word
         for paths in (

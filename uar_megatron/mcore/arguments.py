@@ -97,7 +97,7 @@ def _words(key: str, name: str, value: Any, actions: list[argparse.Action]) -> l
         return [flag, *(_text(item) for item in values)]
     if isinstance(value, list):
         # e.g. moe_layer_freq: [0, 1, 1], which Megatron reads from a string
-        value = str(value)
+        value = str(value).replace(" ", "")
     _check(key, value, action)
     return [f"{flag}={_text(value)}"]
 
@@ -140,17 +140,23 @@ def _check(key: str, value: Any, action: argparse.Action) -> None:
         raise ConfigError(key, "a Megatron argument is a value, not a section")
     try:
         converted = kind(text)
-    except (ValueError, TypeError, argparse.ArgumentTypeError, KeyError, AssertionError) as error:
+    except KeyError as error:  # an enumeration, which is read by name
+        raise _not_a_choice(key, value, action) from error
+    except (ValueError, TypeError, argparse.ArgumentTypeError, AssertionError) as error:
         detail = f" ({error})" if isinstance(error, argparse.ArgumentTypeError) else ""
         raise ConfigError(key, f"{value!r} is not allowed{detail}", allowed=name) from error
     if action.choices is not None and converted not in action.choices:
-        choices = list(action.choices)
-        raise ConfigError(
-            key,
-            f"{value!r} is not allowed",
-            allowed=", ".join(map(str, choices)),
-            remedy=nearest(text, map(str, choices)),
-        )
+        raise _not_a_choice(key, value, action)
+
+
+def _not_a_choice(key: str, value: Any, action: argparse.Action) -> ConfigError:
+    choices = [str(getattr(choice, "name", choice)) for choice in action.choices or ()]
+    return ConfigError(
+        key,
+        f"{value!r} is not allowed",
+        allowed=", ".join(choices) or None,
+        remedy=nearest(_text(value), choices),
+    )
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,164 @@
+"""Checks that need several ranks; ``torchrun … workers.py NAME`` runs one on every rank."""
+
+from __future__ import annotations
+
+import math
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from uar_megatron.mcore import cpu
+
+cpu.enable()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from moe_cases import (  # noqa: E402
+    HIDDEN,
+    assert_bit_equal,
+    hidden_states,
+    run,
+    stock_layer,
+    transformer_config,
+    uar_layer,
+)
+
+from uar_megatron.mcore.step import commit  # noqa: E402
+from uar_megatron.mcore.tracker import RoutingTracker  # noqa: E402
+
+
+def collectives() -> None:
+    """What Megatron does with NCCL and gloo alone cannot: averages and uneven splits."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    mean = torch.full((3,), float(rank))
+    dist.all_reduce(mean, op=dist.ReduceOp.AVG)
+    assert torch.equal(mean, torch.full((3,), (size - 1) / 2))
+
+    sizes = [r + 1 for r in range(size)]
+    mine = torch.full((sizes[rank], 2), float(rank))
+    gathered = list(torch.empty(sum(sizes), 2).split(sizes))
+    dist.all_gather(gathered, mine, group=group)
+    for r, part in enumerate(gathered):
+        assert torch.equal(part, torch.full((r + 1, 2), float(r)))
+
+    parts = [torch.full((n, 2), float(rank + 1)) for n in sizes]
+    reduced = torch.empty(sizes[rank], 2)
+    dist.reduce_scatter(reduced, parts, group=group)
+    assert torch.equal(reduced, torch.full_like(reduced, sum(range(1, size + 1))))
+
+    # Rank r sends r rows to everybody; rank 0 sends nothing at all.
+    received = torch.empty(sum(range(size)), 2)
+    dist.all_to_all_single(
+        received,
+        torch.full((rank * size, 2), float(rank)),
+        torch.arange(size),
+        torch.full((size,), rank),
+        group=group,
+    )
+    assert received[:, 0].tolist() == [float(r) for r in range(size) for _ in range(r)]
+
+
+def statistics() -> None:
+    """Half of the batch on each of two ranks commits what one rank with all of it would."""
+    uar = {"policy": "uar", "bias": {"enabled": True}, "budget": {"alpha": 1.0, "k_max": 4}}
+    config = transformer_config()
+    layer = uar_layer(config, uar, like=stock_layer(config))
+    halves = hidden_states(40, seed=11).split(20)
+    for _ in range(3):
+        layer.router(halves[dist.get_rank()])
+        commit([layer.router])
+    logits = torch.cat(halves).view(-1, HIDDEN).double() @ layer.router.weight.detach().double().T
+    energy = -torch.logsumexp(logits, dim=-1)
+    stats = layer.router.uar_statistics
+    torch.testing.assert_close(stats.mean, energy.mean(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.var, energy.var(unbiased=False), rtol=1e-5, atol=1e-9)
+    for value in (stats.mean, layer.router.uar_bias.value):
+        everybody = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybody, value.contiguous())
+        assert all(torch.equal(other, value) for other in everybody)
+
+
+def expert_parallel_parity() -> None:
+    """With UAR off a layer spread over two ranks equals the installed Megatron's, bit for bit."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1, ep_rank=dist.get_rank())
+    for dispatcher in ("alltoall", "allgather"):
+        config = transformer_config(
+            expert_model_parallel_size=2, moe_token_dispatcher_type=dispatcher
+        )
+        stock = stock_layer(config)
+        for uar in (
+            {"policy": "topk"},
+            {"policy": "uar", "budget": {"alpha": 0.0, "beta": 2.0, "k_max": 6}},
+        ):
+            ours = uar_layer(config, uar, like=stock)
+            inputs = hidden_states(31, seed=dist.get_rank())
+            assert_bit_equal(run(ours, inputs), run(stock, inputs))
+
+
+def expert_parallel_rows() -> None:
+    """Exactly Σk rows are computed over all ranks, and one reduction gathers the run log."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1, ep_rank=dist.get_rank())
+    uar = {"policy": "uar", "budget": {"alpha": 2.0, "beta": 2.0, "k_min": 0, "k_max": 5}}
+    for dispatcher in ("alltoall", "allgather"):
+        config = transformer_config(
+            expert_model_parallel_size=2, moe_token_dispatcher_type=dispatcher
+        )
+        layer = uar_layer(config, uar, like=stock_layer(config))
+        with torch.no_grad():
+            layer.router.weight.mul_(20)
+        records: list[dict] = []
+        tracker = RoutingTracker(
+            [layer.router], 2, 8, log_interval=3, tokens_per_step=51, emit=records.append
+        )
+        reductions = count_all_reduces(layer, tracker)
+        assert reductions == [1, 1, 2], reductions  # statistics each step, the log at the third
+        (metrics,) = records[0]["layers"]
+        assert metrics["tokens"] == 3 * (20 + 31)
+        assert math.isclose(metrics["rows"], metrics["k_eff"] * (20 + 31))
+        assert len({round(x, 9) for x in metrics["k_histogram"]}) > 2
+
+
+def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker) -> list[int]:
+    """Take three steps with a different number of tokens per rank; all-reduces of each step."""
+    counts = []
+    original = dist.all_reduce
+
+    def counting(*args: object, **kwargs: object) -> object:
+        counts[-1] += 1
+        return original(*args, **kwargs)
+
+    for step in range(1, 4):
+        inputs = hidden_states((20, 31)[dist.get_rank()], seed=step)
+        layer(inputs)[0].sum().backward()
+        counts.append(0)
+        dist.all_reduce = counting
+        commit([layer.router])
+        tracker.on_step(
+            {
+                "iteration": step,
+                "loss_dict": {},
+                "skipped_iter": 0,
+                "grad_norm": 1.0,
+                "learning_rate": 0.1,
+                "is_first_iteration": False,
+            },
+            seconds=0.1 * step,
+        )
+        dist.all_reduce = original
+    return counts
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    globals()[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()
