@@ -21,7 +21,12 @@ BLOCK = re.compile(r"(<!-- config reference -->\n).*?(<!-- end -->)", re.DOTALL)
 def reference() -> str:
     """Return the table of every field of our sections."""
     rows = ["| field | default | meaning |", "|---|---|---|"]
-    for name, section in {"uar": UARConfig, "run": RunConfig, "launch": LaunchConfig}.items():
+    sections: dict[str, type[Section]] = {
+        "uar": UARConfig,
+        "run": RunConfig,
+        "launch": LaunchConfig,
+    }
+    for name, section in sections.items():
         rows += _rows(name, section)
     return "\n".join(rows) + "\n"
 

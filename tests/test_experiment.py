@@ -45,9 +45,10 @@ def test_later_wins_and_the_command_line_wins_over_all(
 ) -> None:
     experiment = load_experiment(mine)
     assert experiment.megatron == {
-        "num_layers": 2, "hidden_size": 64, "save": "out/me/ckpt", "lr": 1e-3, "seed": 7,
+        "num_layers": 2, "hidden_size": 64, "save": "out/me/ckpt", "lr": 1e-3, "seed": "7",
     }  # fmt: skip
     assert isinstance(experiment.megatron["lr"], float)
+    # What comes from the environment is text; the argument's own type reads it.
     assert experiment.uar.budget.alpha == 0.75
     assert experiment.uar.budget.k_max == 3
     monkeypatch.setenv("MY_SEED", "11")
@@ -57,7 +58,7 @@ def test_later_wins_and_the_command_line_wins_over_all(
     assert changed.megatron["hidden_size"] == 64
     assert changed.megatron["save"] == "out/you/ckpt"
     assert (changed.megatron["lr"], changed.megatron["min_lr"]) == (5e-4, None)
-    assert (changed.megatron["seed"], changed.uar.budget.alpha) == (11, 2.0)
+    assert (changed.megatron["seed"], changed.uar.budget.alpha) == ("11", 2.0)
 
 
 def test_a_group_can_be_added_and_comes_from_the_package(mine: Path) -> None:

@@ -84,7 +84,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     path = Path(path)
     groups, values = _split_overrides(overrides, _roots(path))
-    composed = _compose(path, _roots(path), groups, ())
+    composed = _compose(path, _roots(path), groups, set())
     try:
         merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(values))
         plain = OmegaConf.to_container(merged, resolve=True)
@@ -159,33 +159,46 @@ def _split_overrides(
 
 
 def _compose(
-    path: Path, roots: Sequence[Path], groups: dict[str, str], parents: tuple[Path, ...]
+    path: Path,
+    roots: Sequence[Path],
+    groups: dict[str, str],
+    used: set[str],
+    parents: tuple[Path, ...] = (),
 ) -> DictConfig:
-    """Merge a file over its defaults; ``groups`` exchanges or adds group choices."""
+    """Merge a file over its defaults.
+
+    Args:
+        path: the file.
+        roots: folders of groups.
+        groups: choices from the command line. They exchange groups of experiments, not those that
+            a group's own file builds upon.
+        used: collects the groups that were met, so that the others can be added.
+        parents: files that are being composed, to notice circles.
+    """
     if path.resolve() in parents:
         chain = " -> ".join(p.name for p in (*parents, path))
         raise ConfigError("defaults", f"configurations include each other: {chain}")
+    below = (*parents, path.resolve())
     config = _read(path)
-    entries = config.pop("defaults", None) or []
-    chosen: list[Path] = []
-    used = set()
-    for entry in entries:
+    parts = []
+    for entry in config.pop("defaults", None) or []:
         if isinstance(entry, str):
-            chosen.append(_find(f"{entry.removesuffix('.yaml')}.yaml", roots, path))
+            file = _find(f"{entry.removesuffix('.yaml')}.yaml", roots, path)
+            parts.append(_compose(file, roots, groups, used, below))
             continue
         if not isinstance(entry, DictConfig) or len(entry) != 1:
             raise ConfigError(
                 "defaults", f"{entry!r} in {path}", allowed="- group: name, or - experiment"
             )
         group = str(next(iter(entry)))
-        name = groups.get(group, entry[group])
         used.add(group)
-        chosen.append(_find(f"{group}/{name}.yaml", roots, path))
+        file = _find(f"{group}/{groups.get(group, entry[group])}.yaml", roots, path)
+        parts.append(_compose(file, roots, {}, used, below))
     if not parents:
-        extra = {g: n for g, n in groups.items() if g not in used}
-        chosen += [_find(f"{group}/{name}.yaml", roots, path) for group, name in extra.items()]
-    below = (*parents, path.resolve())
-    merged = OmegaConf.merge(*(_compose(c, roots, groups, below) for c in chosen), config)
+        for group in groups.keys() - used:
+            file = _find(f"{group}/{groups[group]}.yaml", roots, path)
+            parts.append(_compose(file, roots, {}, used, below))
+    merged = OmegaConf.merge(*parts, config)
     assert isinstance(merged, DictConfig)
     return merged
 
