@@ -106,7 +106,8 @@ def expert_parallel_rows() -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1, ep_rank=dist.get_rank())
     uar = {"policy": "uar", "budget": {"alpha": 2.0, "beta": 2.0, "k_min": 0, "k_max": 5}}
-    for dispatcher in ("alltoall", "allgather"):
+    # Megatron's all-gather takes the same number of tokens from every rank.
+    for dispatcher, tokens in {"alltoall": (20, 31), "allgather": (25, 25)}.items():
         config = transformer_config(
             expert_model_parallel_size=2, moe_token_dispatcher_type=dispatcher
         )
@@ -115,18 +116,18 @@ def expert_parallel_rows() -> None:
             layer.router.weight.mul_(20)
         records: list[dict] = []
         tracker = RoutingTracker(
-            [layer.router], 2, 8, log_interval=3, tokens_per_step=51, emit=records.append
+            [layer.router], 2, 8, log_interval=3, tokens_per_step=sum(tokens), emit=records.append
         )
-        reductions = count_all_reduces(layer, tracker)
+        reductions = count_all_reduces(layer, tracker, tokens[dist.get_rank()])
         assert reductions == [1, 1, 2], reductions  # statistics each step, the log at the third
         (metrics,) = records[0]["layers"]
-        assert metrics["tokens"] == 3 * (20 + 31)
-        assert math.isclose(metrics["rows"], metrics["k_eff"] * (20 + 31))
+        assert metrics["tokens"] == 3 * sum(tokens)
+        assert math.isclose(metrics["rows"], metrics["k_eff"] * sum(tokens))
         assert len({round(x, 9) for x in metrics["k_histogram"]}) > 2
 
 
-def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker) -> list[int]:
-    """Take three steps with a different number of tokens per rank; all-reduces of each step."""
+def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker, tokens: int) -> list[int]:
+    """Take three steps with this rank's number of tokens; all-reduces of each step."""
     counts = []
     original = dist.all_reduce
 
@@ -135,7 +136,7 @@ def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker) -> list[i
         return original(*args, **kwargs)
 
     for step in range(1, 4):
-        inputs = hidden_states((20, 31)[dist.get_rank()], seed=step)
+        inputs = hidden_states(tokens, seed=step)
         layer(inputs)[0].sum().backward()
         counts.append(0)
         dist.all_reduce = counting
