@@ -10,6 +10,12 @@ from hypothesis import strategies as st
 
 from uar_megatron.balance import BalancingBias, epistemic_weight, masked_balancing_loss, threshold
 from uar_megatron.config import BiasConfig, CLBConfig
+from uar_megatron.decision import Uncertainty
+
+
+def uncertainty(zscores: torch.Tensor, measure: torch.Tensor | None = None) -> Uncertainty:
+    u = zscores * 0 if measure is None else measure
+    return Uncertainty(u, u, u, zscores)
 
 
 def test_threshold_schedule() -> None:
@@ -20,73 +26,113 @@ def test_threshold_schedule() -> None:
     assert threshold(99, clb.model_copy(update={"enabled": False})) is None
 
 
-def test_epistemic_weight_is_a_sigmoid() -> None:
-    zscores = torch.tensor([-2.0, 0.5, 3.0])
-    expected = [1 / (1 + math.exp(-(z - 0.5) / 0.25)) for z in zscores.tolist()]
-    assert epistemic_weight(zscores, 0.5, 0.25).tolist() == pytest.approx(expected, rel=1e-5)
+def test_cosine_schedule() -> None:
+    clb = CLBConfig(enabled=True, warmup_steps=4, theta_start=-3.0, theta=1.0, schedule="cosine")
+    steps = [threshold(step, clb) for step in (0, 1, 2, 3, 4, 9)]
+    expected = [-1.0 - 2.0 * math.cos(math.pi * step / 4) for step in range(5)]
+    assert steps == pytest.approx([*expected, 1.0])
+
+
+@pytest.mark.parametrize("units", ["sigma", "absolute"])
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_epistemic_weight_is_a_sigmoid(units: str, floor: float) -> None:
+    values = torch.tensor([-2.0, 0.5, 3.0])
+    other = torch.tensor([9.0, 9.0, 9.0])
+    pair = (values, other) if units == "sigma" else (other, values)
+    clb = CLBConfig(units=units, width=0.25, floor=floor)
+    expected = [floor + (1 - floor) / (1 + math.exp(-(z - 0.5) / 0.25)) for z in values.tolist()]
+    got = epistemic_weight(uncertainty(*pair), 0.5, clb)
+    assert got.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nonfinite_tokens_have_no_weight() -> None:
+    clb = CLBConfig(units="absolute", floor=0.2)
+    values = torch.tensor([math.nan, math.inf, 1.0])
+    got = epistemic_weight(uncertainty(values * 0, values), 0.0, clb)
+    assert got[:2].tolist() == [0.0, 0.0]
+    assert got[2] > 0.2
 
 
 @given(
     tokens=st.integers(0, 9),
+    parts=st.integers(1, 3),
     experts=st.sampled_from([1, 6, 8]),
     seed=st.integers(0, 2**16),
     nobody=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_masked_loss_and_its_gradient(tokens: int, experts: int, seed: int, nobody: bool) -> None:
+def test_masked_loss_and_its_gradient(
+    tokens: int, parts: int, experts: int, seed: int, nobody: bool
+) -> None:
+    """``tokens`` in each of ``parts`` sequences, each balanced on its own."""
     rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(tokens, experts))
-    routing_map = rng.random((tokens, experts)) < 0.4
-    omega = np.zeros(tokens) if nobody else rng.random(tokens)
     coeff, epsilon = 0.01, 1e-6
-
+    logits = rng.normal(size=(tokens, parts, experts))
+    routing_map = rng.random((tokens, parts, experts)) < 0.4
+    omega = np.zeros((tokens, parts)) if nobody else rng.random((tokens, parts))
     variable = torch.tensor(logits, requires_grad=True)
     loss = masked_balancing_loss(
         torch.softmax(variable, dim=-1),
         torch.tensor(omega),
         torch.tensor(routing_map).sum(dim=0).double(),
-        torch.tensor(omega.sum()),
+        torch.tensor(omega).sum(dim=0),
         coeff,
         epsilon,
     )
+    loss.backward()
+    losses = []
+    for b in range(parts):
+        value, gradient = loss_by_hand(logits[:, b], routing_map[:, b], omega[:, b], epsilon)
+        losses.append(value)
+        np.testing.assert_allclose(
+            variable.grad[:, b].numpy(), coeff * gradient / parts, rtol=1e-7, atol=1e-14
+        )
+    assert loss.item() == pytest.approx(coeff * math.fsum(losses) / parts, rel=1e-9, abs=1e-15)
+
+
+def loss_by_hand(
+    logits: np.ndarray, routing_map: np.ndarray, omega: np.ndarray, epsilon: float
+) -> tuple[float, np.ndarray]:
+    """The loss of one sequence token by token, and its gradient by the softmax's derivative."""
+    tokens, experts = logits.shape
     probs = np.exp(logits - logits.max(axis=1, keepdims=True)) if tokens else logits
     probs = probs / probs.sum(axis=1, keepdims=True) if tokens else probs
     fractions = routing_map.sum(axis=0) / max(routing_map.sum(), 1)
     token_loss = [experts * float((fractions * p).sum()) for p in probs]
     weight = omega.sum() + epsilon
-    expected = coeff * math.fsum(w * x for w, x in zip(omega, token_loss, strict=True)) / weight
-    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-15)
-
-    loss.backward()
-    # dL/dz_he = coeff·E·ω_h/(Σω+ε) · p_he (f_e − Σ_j f_j p_hj): the softmax's derivative by hand.
+    value = math.fsum(w * x for w, x in zip(omega, token_loss, strict=True)) / weight
+    # dL/dz_he = E·ω_h/(Σω+ε) · p_he (f_e − Σ_j f_j p_hj)
     inner = probs * (fractions - (probs * fractions).sum(axis=1, keepdims=True))
-    by_hand = coeff * experts * (omega / weight)[:, None] * inner
-    np.testing.assert_allclose(variable.grad.numpy(), by_hand, rtol=1e-7, atol=1e-14)
+    return value, experts * (omega / weight)[:, None] * inner
 
 
 @given(
-    seed=st.integers(0, 2**16), rule=st.sampled_from(["sign", "proportional"]), mask=st.booleans()
+    seed=st.integers(0, 2**16),
+    rule=st.sampled_from(["sign", "proportional"]),
+    mask=st.booleans(),
+    recentre=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_bias_update(seed: int, rule: str, mask: bool) -> None:
+def test_bias_update(seed: int, rule: str, mask: bool, recentre: bool) -> None:
     rng = np.random.default_rng(seed)
     experts = 6
-    bias = BalancingBias(BiasConfig(enabled=True, rate=0.01, update=rule), experts, "cpu")
+    config = BiasConfig(enabled=True, rate=0.01, update=rule, recentre=recentre)
+    bias = BalancingBias(config, experts, "cpu")
     clb = CLBConfig(lambda_hi=1.0, lambda_lo=0.25)
     weighted = np.zeros(experts)
     for tokens in (0, 3, 8):
         routing_map = rng.random((tokens, experts)) < 0.4
         zscores = rng.normal(size=tokens)
         theta = 0.3 if mask else None
-        bias.accumulate(
-            torch.tensor(routing_map), torch.tensor(zscores, dtype=torch.float32), theta, clb
-        )
+        measured = uncertainty(torch.tensor(zscores, dtype=torch.float32))
+        bias.accumulate(torch.tensor(routing_map), measured, theta, clb)
         for row, z in zip(routing_map, zscores, strict=True):
             weighted += row * ((1.0 if z > 0.3 else 0.25) if mask else 1.0)
     bias.commit(bias.pending().clone())
     offset = weighted.mean() - weighted
     change = np.sign(offset) if rule == "sign" else offset / max(weighted.mean(), 1e-12)
-    np.testing.assert_allclose(bias.value.numpy(), 0.01 * change, rtol=1e-5, atol=1e-9)
+    change = change - change.mean() if recentre else change
+    np.testing.assert_allclose(bias.value.numpy(), 0.01 * change, rtol=1e-5, atol=1e-8)
     assert torch.count_nonzero(bias.pending()) == 0
 
 

@@ -18,7 +18,7 @@ def batch(tokens: int, seed: int) -> tuple[Uncertainty, RoutingDecision, torch.T
     entropy = 2 * torch.rand(tokens, generator=generator)
     routing_map = torch.rand(tokens, 4, generator=generator) < 0.5
     decision = RoutingDecision(routing_map.float(), routing_map, routing_map.sum(dim=1))
-    return Uncertainty(energy, entropy, energy * 0), decision, torch.rand(tokens)
+    return Uncertainty(energy, entropy, energy, energy * 0), decision, torch.rand(tokens)
 
 
 def test_equals_a_count_by_hand() -> None:
@@ -27,8 +27,8 @@ def test_equals_a_count_by_hand() -> None:
     for step in range(3):
         parts = [batch(n, 10 * step + n) for n in (0, 5, 7)]
         for uncertainty, decision, omega in parts:
-            metrics.add(uncertainty, decision, omega, None)
-            metrics.add_loss(torch.tensor(2.0 + step), share=0.5)
+            metrics.add(uncertainty, decision.routing_map_TE, omega, None)
+            metrics.add_loss("aux_loss", torch.tensor(2.0 + step), share=0.5)
             metrics.add_rows(int(decision.k_T.sum()))
         metrics.end_step()
         steps.append(parts)
@@ -50,7 +50,7 @@ def test_equals_a_count_by_hand() -> None:
     expected = [~high_h & ~high_f, high_h & ~high_f, ~high_h & high_f, high_h & high_f]
     assert record["states"] == pytest.approx([e.double().mean().item() for e in expected])
     assert record["rows"] * 3 == k.sum()
-    assert record["balancing_loss"] == pytest.approx(2 * (2.0 + 3.0 + 4.0) / 3)
+    assert record["balancing_loss"] == {"aux_loss": pytest.approx(2 * (2.0 + 3.0 + 4.0) / 3)}
     violations = []
     for parts in steps:
         load = sum(p[1].routing_map_TE.sum(dim=0) for p in parts).double()
@@ -66,13 +66,13 @@ def test_nonfinite_tokens_are_counted_apart() -> None:
     uncertainty, decision, _ = batch(6, 0)
     uncertainty.energy_T[2] = math.nan
     valid = torch.tensor([True] * 5 + [False])
-    metrics.add(uncertainty, decision, None, valid)
+    metrics.add(uncertainty, decision.routing_map_TE, None, valid)
     metrics.end_step()
     record = describe(metrics.flat(4), 4, 4, 1)
     assert (record["tokens"], record["nonfinite"]) == (4, 1)
     assert math.isfinite(record["energy_mean"])
     assert record["omega_mean"] == 1.0
-    assert record["balancing_loss"] is None
+    assert record["balancing_loss"] == {}
 
 
 def test_an_empty_interval_has_no_nan() -> None:

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uar_megatron.config import UARConfig
-from uar_megatron.uncertainty import MovingStatistics
+from uar_megatron.uncertainty import UncertaintyStatistics
 
 
-def statistics(**fields: object) -> MovingStatistics:
-    return MovingStatistics(UARConfig.model_validate(fields), "cpu")
+def statistics(**fields: object) -> UncertaintyStatistics:
+    return UncertaintyStatistics(UARConfig.model_validate(fields), "cpu")
 
 
-def feed(stats: MovingStatistics, logits: torch.Tensor) -> np.ndarray:
+def feed(stats: UncertaintyStatistics, logits: torch.Tensor) -> np.ndarray:
     """Accumulate one micro-batch and return its u in float64."""
     measured = stats.measure(logits)
     stats.accumulate(measured)

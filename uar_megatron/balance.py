@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from uar_megatron.config import BiasConfig, CLBConfig
+from uar_megatron.decision import Uncertainty
 from uar_megatron.uncertainty import FixedPrecisionModule
 
 
 def threshold(step: int, clb: CLBConfig) -> float | None:
-    """Return θ_t in units of σ_u, or None while no mask is active.
+    """Return θ_t in the units of ``clb.units``, or None while no mask is active.
 
-    Linear from ``theta_start`` (so low that almost nobody is masked) at ``start_step`` to ``theta``
+    From ``theta_start`` (so low that almost nobody is masked) at ``start_step`` to ``theta``
     ``warmup_steps`` later. The paper gives start and warm-up (Table 2) but neither end value nor
     shape.
 
@@ -24,42 +27,56 @@ def threshold(step: int, clb: CLBConfig) -> float | None:
     if clb.warmup_steps == 0:
         return clb.theta
     progress = min((step - clb.start_step) / clb.warmup_steps, 1.0)
+    if clb.schedule == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     return clb.theta_start + progress * (clb.theta - clb.theta_start)
 
 
-def epistemic_weight(zscore_T: torch.Tensor, theta: float, width: float) -> torch.Tensor:
-    """Return ω = sigmoid((ẑ − θ)/width) of each token, in [0, 1] (the g of Eq. 6)."""
-    return torch.sigmoid((zscore_T - theta) / width)
+def masked_quantity(uncertainty: Uncertainty, clb: CLBConfig) -> torch.Tensor:
+    """Return what θ_t is compared with: ẑ, or u itself in absolute units."""
+    return uncertainty.zscore_T if clb.units == "sigma" else uncertainty.measure_T
+
+
+def epistemic_weight(uncertainty: Uncertainty, theta: float, clb: CLBConfig) -> torch.Tensor:
+    """Return ω = floor + (1 − floor)·sigmoid((ẑ − θ)/width) of each token (the g of Eq. 6).
+
+    A token whose uncertainty is not finite has ω = 0 in absolute units, like no token at all.
+    """
+    quantity_T = masked_quantity(uncertainty, clb)
+    omega_T = clb.floor + (1.0 - clb.floor) * torch.sigmoid((quantity_T - theta) / clb.width)
+    return torch.where(torch.isfinite(quantity_T), omega_T, torch.zeros_like(omega_T))
 
 
 def masked_balancing_loss(
-    scores_TE: torch.Tensor,
-    omega_T: torch.Tensor,
-    slots_E: torch.Tensor,
-    omega_sum: torch.Tensor,
+    scores_SBE: torch.Tensor,
+    omega_SB: torch.Tensor,
+    slots_BE: torch.Tensor,
+    omega_B: torch.Tensor,
     coeff: float,
     epsilon: float,
 ) -> torch.Tensor:
-    """Return coeff · Σ_h ω_h·ℓ_h / (Σ_h ω_h + ε) with ℓ_h = E·Σ_e f_e·p_{h,e} (Eq. 2 and 6).
+    """Return coeff · Σ_h ω_h·ℓ_h / (Σ_h ω_h + ε), ℓ_h = E·Σ_e f_e·p_{h,e}, averaged over B.
 
-    f_e is the share of dispatched slots, so it stays right when tokens have different numbers of
-    experts. With ω ≡ 1 and a fixed k this is Megatron's ``switch_load_balancing_loss_func``.
+    Eq. 2 and 6. f_e is the share of routed slots, so it stays right when tokens have different
+    numbers of experts. With ω ≡ 1 and a fixed k this is Megatron's
+    ``switch_load_balancing_loss_func`` (moe_utils.py:56). B are the parts that are balanced each on
+    its own: the sequences for ``seq_aux_loss``, a single part for the others.
 
     Args:
-        scores_TE: this rank's router probabilities p (differentiable), fp32, padding rows 0.
-        omega_T: this rank's weights ω (detached), padding rows 0.
-        slots_E: slots dispatched to each expert, summed over the ranks that share the micro-batch.
-        omega_sum: Σ ω over the same ranks.
+        scores_SBE: this rank's router probabilities p (differentiable), fp32, padding rows 0.
+        omega_SB: this rank's weights ω (detached), padding 0.
+        slots_BE: slots routed to each expert, summed over the ranks that share the tokens.
+        omega_B: Σ ω over the same ranks.
         coeff: loss coefficient.
         epsilon: keeps the loss 0 where nobody is uncertain.
 
     Returns:
         This rank's summand of the loss; the sum over those ranks is the loss.
     """
-    fractions_E = slots_E / slots_E.sum().clamp_min(1.0)
-    weighted_E = (omega_T.unsqueeze(-1) * scores_TE).sum(dim=0)
-    num_experts = scores_TE.shape[-1]
-    return coeff * num_experts * (fractions_E * weighted_E).sum() / (omega_sum + epsilon)
+    fractions_BE = slots_BE / slots_BE.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    weighted_BE = (omega_SB.unsqueeze(-1) * scores_SBE).sum(dim=0)
+    loss_B = (fractions_BE * weighted_BE).sum(dim=-1) / (omega_B + epsilon)
+    return coeff * scores_SBE.shape[-1] * loss_B.mean()
 
 
 class BalancingBias(FixedPrecisionModule):
@@ -78,6 +95,7 @@ class BalancingBias(FixedPrecisionModule):
         super().__init__()
         self.rate = config.rate
         self.update_rule = config.update
+        self.recentre = config.recentre
         self.register_buffer("value", torch.zeros(num_experts, device=device))
         self.register_buffer(
             "_pending",
@@ -89,22 +107,23 @@ class BalancingBias(FixedPrecisionModule):
     def accumulate(
         self,
         routing_map_TE: torch.Tensor,
-        zscore_T: torch.Tensor,
+        uncertainty: Uncertainty,
         theta: float | None,
         clb: CLBConfig,
     ) -> None:
         """Count the slots of each expert, each token's weighted by λ_hi or λ_lo (Eq. 7).
 
         Args:
-            routing_map_TE: dispatched map, padding rows False.
-            zscore_T: normalised uncertainty.
+            routing_map_TE: routed map, padding rows False.
+            uncertainty: of the same tokens.
             theta: θ_t, or None: every token counts 1, which is the stock update.
-            clb: λ_hi for tokens with ẑ > θ, λ_lo for the rest.
+            clb: λ_hi for tokens with ẑ > θ (u > θ in absolute units), λ_lo for the rest.
         """
         if theta is None:
             self._pending += routing_map_TE.sum(dim=0)
             return
-        weight_T = torch.where(zscore_T > theta, clb.lambda_hi, clb.lambda_lo).double()
+        is_uncertain_T = masked_quantity(uncertainty, clb) > theta
+        weight_T = torch.where(is_uncertain_T, clb.lambda_hi, clb.lambda_lo).double()
         self._pending += weight_T @ routing_map_TE.double()
 
     def pending(self) -> torch.Tensor:
@@ -129,4 +148,6 @@ class BalancingBias(FixedPrecisionModule):
         else:
             change_E = offset_E / mean.clamp_min(1e-12)
         self.value += self.rate * change_E.float()
+        if self.recentre:
+            self.value -= self.value.mean()
         self._pending.zero_()

@@ -16,12 +16,14 @@ class Uncertainty:
     Attributes:
         energy_T: free energy F (Eq. 4), fp32; high means little evidence.
         entropy_T: router entropy H (Eq. 3), nats, fp32.
-        zscore_T: ẑ = (u − ū)/σ_u of the chosen measure u, fp32; 0 before the first statistics and
-            for tokens whose u is not finite.
+        measure_T: u, the one of the two that the configuration chose.
+        zscore_T: ẑ = (u − ū)/σ_u, fp32; 0 before the first statistics and for tokens whose u is not
+            finite.
     """
 
     energy_T: torch.Tensor
     entropy_T: torch.Tensor
+    measure_T: torch.Tensor
     zscore_T: torch.Tensor
 
 

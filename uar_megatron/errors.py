@@ -33,5 +33,11 @@ class DataError(UARError):
     """Training data, a tokenizer or a checkpoint that is missing, corrupt or does not match."""
 
 
+class TrainingError(UARError):
+    """Training cannot go on: a non-finite loss or router."""
+
+    exit_code = 3
+
+
 class UnsupportedEnvironmentError(UARError):
     """The machine or an installed package cannot run what was asked."""

@@ -11,8 +11,9 @@ import math
 import torch
 
 from uar_megatron.config import StatesConfig
-from uar_megatron.decision import RoutingDecision, Uncertainty
+from uar_megatron.decision import Uncertainty
 
+LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 _SCALARS = (
     "tokens",
     "energy",
@@ -26,9 +27,8 @@ _SCALARS = (
     "stubborn",
     "vacuum",
     "nonfinite",
-    "loss",
-    "loss_terms",
     "rows",
+    *(f"{part}_{loss}" for loss in LOSSES for part in ("sum", "terms")),
 )
 _INDEX = {name: i for i, name in enumerate(_SCALARS)}
 
@@ -79,11 +79,18 @@ class LayerMetrics:
     def add(
         self,
         uncertainty: Uncertainty,
-        decision: RoutingDecision,
+        dispatched_TE: torch.Tensor,
         omega_T: torch.Tensor | None,
         valid_T: torch.Tensor | None,
     ) -> None:
-        """Add one micro-batch; tokens with ``valid_T`` False (padding) are left out."""
+        """Add one micro-batch; tokens with ``valid_T`` False (padding) are left out.
+
+        Args:
+            uncertainty: of the tokens.
+            dispatched_TE: the slots that are computed, after token dropping.
+            omega_T: ω, or None for 1.
+            valid_T: False for padding, or None.
+        """
         energy_T, entropy_T = uncertainty.energy_T.double(), uncertainty.entropy_T.double()
         finite_T = torch.isfinite(energy_T) & torch.isfinite(entropy_T)
         counted_T = finite_T if valid_T is None else finite_T & valid_T
@@ -95,14 +102,15 @@ class LayerMetrics:
         high_energy_T = (energy_T > self.thresholds[1]).double() * weight_T
         vacuum = (high_entropy_T * high_energy_T).sum()
         count, high_h, high_f = weight_T.sum(), high_entropy_T.sum(), high_energy_T.sum()
-        # A token's k is what was dispatched, which token dropping may have lowered.
-        routed_TE = decision.routing_map_TE & counted_T.unsqueeze(-1)
-        slots_E = routed_TE.sum(dim=0).double()
-        k_T = routed_TE.sum(dim=-1)
+        counted_TE = dispatched_TE & counted_T.unsqueeze(-1)
+        slots_E = counted_TE.sum(dim=0).double()
+        k_T = counted_TE.sum(dim=-1)
         omega = weight_T.sum() if omega_T is None else (omega_T.double() * weight_T).sum()
         histogram = torch.zeros(self.max_k + 1, dtype=torch.float64, device=weight_T.device)
         histogram.scatter_add_(0, k_T.clamp_max(self.max_k), weight_T)
-        zero = torch.zeros_like(count)
+        later = torch.zeros(
+            len(_SCALARS) - _INDEX["rows"], dtype=torch.float64, device=weight_T.device
+        )
         self._sums += torch.cat(
             (
                 torch.stack(
@@ -119,26 +127,25 @@ class LayerMetrics:
                         high_f - vacuum,
                         vacuum,
                         nonfinite_T.sum().double(),
-                        zero,
-                        zero,
-                        zero,
                     )
                 ),
+                later,
                 histogram,
             )
         )
         self._step_slots_E += slots_E
 
     @torch.no_grad()
-    def add_loss(self, loss: torch.Tensor, share: float) -> None:
+    def add_loss(self, name: str, loss: torch.Tensor, share: float) -> None:
         """Add one rank's summand of a balancing loss (without its coefficient).
 
         Args:
+            name: its ``moe_router_load_balancing_type``.
             loss: the summand.
-            share: the part of a loss that this rank contributes, 1 / (ranks that share a batch).
+            share: the part of a loss that this rank contributes, 1 / (ranks that share its tokens).
         """
-        self._sums[_INDEX["loss"]] += loss.detach().double().reshape(())
-        self._sums[_INDEX["loss_terms"]] += share
+        self._sums[_INDEX[f"sum_{name}"]] += loss.detach().double().reshape(())
+        self._sums[_INDEX[f"terms_{name}"]] += share
 
     def add_rows(self, rows: int | torch.Tensor) -> None:
         """Add the rows that this rank's experts computed for one micro-batch."""
@@ -202,7 +209,11 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         "omega_mean": sums["omega"] / tokens,
         "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
         "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else 0.0,
-        "balancing_loss": sums["loss"] / sums["loss_terms"] if sums["loss_terms"] > 0 else None,
+        "balancing_loss": {
+            loss: sums[f"sum_{loss}"] / sums[f"terms_{loss}"]
+            for loss in LOSSES
+            if sums[f"terms_{loss}"] > 0
+        },
         "rows": sums["rows"] / steps,
         "nonfinite": int(sums["nonfinite"]),
     }

@@ -1,7 +1,8 @@
-"""Uncertainty of tokens and its moving statistics (ū and σ_u of Eq. 5)."""
+"""Uncertainty of tokens and its statistics (ū and σ_u of Eq. 5)."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -28,15 +29,26 @@ class FixedPrecisionModule(torch.nn.Module):
         return super()._apply(move_only, recurse)
 
 
-class MovingStatistics(FixedPrecisionModule):
-    """ū and σ_u of one layer's uncertainty, frozen within an optimizer step.
+class UncertaintyStatistics(FixedPrecisionModule):
+    """ū and σ_u of one layer's uncertainty, the same for all ranks and every recomputation.
 
-    Every micro-batch, every rank and every recomputation of a step sees the same values, so all
-    agree on k. During a forward that will be differentiated, deviations from ū are summed locally
-    (:meth:`accumulate`); at the step boundary the caller reduces :meth:`pending` over the ranks
-    that share the layer and hands the total to :meth:`commit`.
+    Mode ``moving``: frozen within an optimizer step. During a forward that will be differentiated,
+    deviations from ū are summed locally (:meth:`accumulate`); at the step boundary the caller
+    reduces :meth:`pending` over the ranks that share the layer and hands the total to
+    :meth:`commit`.
+
+    Mode ``batch``: in training each micro-batch is normalised by its own values, reduced over those
+    ranks in the forward. Activation recomputation meets the values of the first pass again: they
+    are kept from a forward without gradients to the next one with gradients, first in first out,
+    the order in which pipeline schedules run micro-batches backward. The moving values are kept as
+    well; evaluation uses them.
 
     Buffers (persistent, scalars): ``mean``, ``var`` (float64), ``num_updates`` (int64).
+
+    Args:
+        config: the UAR section.
+        device: where the buffers live.
+        reduce: sums a tensor in place over the ranks that share the layer; for mode ``batch``.
     """
 
     PENDING_SIZE = 4  # Σ(u−ū), Σ(u−ū)², number of finite tokens, number of non-finite tokens
@@ -46,11 +58,19 @@ class MovingStatistics(FixedPrecisionModule):
     num_updates: torch.Tensor
     _pending: torch.Tensor
 
-    def __init__(self, config: UARConfig, device: torch.device | str | int) -> None:
+    def __init__(
+        self,
+        config: UARConfig,
+        device: torch.device | str | int,
+        reduce: Callable[[torch.Tensor], object] | None = None,
+    ) -> None:
         super().__init__()
         self.measure_name = config.uncertainty
         self.temperature = config.temperature
         self.momentum = config.statistics.momentum
+        self.of_batch = config.statistics.mode == "batch"
+        self.reduce = reduce
+        self._first_passes: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("var", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64, device=device))
@@ -60,29 +80,51 @@ class MovingStatistics(FixedPrecisionModule):
             persistent=False,
         )
 
-    @torch.no_grad()
-    def measure(self, logits_TE: torch.Tensor) -> Uncertainty:
-        """Return energy, entropy and ẑ of each token under the frozen statistics."""
-        energy_T, entropy_T = energy_and_entropy(logits_TE, self.temperature)
-        u_T = self._select(energy_T, entropy_T)
-        sigma = self.var.sqrt()
-        # No statistics yet, or no spread: every token is average.
-        inverse = torch.where(
-            (self.num_updates > 0) & (sigma > SIGMA_FLOOR), 1.0 / sigma, torch.zeros_like(sigma)
-        )
-        zscore_T = ((u_T - self.mean) * inverse).float()
-        zscore_T = torch.where(torch.isfinite(u_T), zscore_T, torch.zeros_like(zscore_T))
-        return Uncertainty(energy_T.float(), entropy_T.float(), zscore_T)
+    def measure(self, logits_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> Uncertainty:
+        """Return energy, entropy, u and ẑ of each token.
 
-    @torch.no_grad()
-    def accumulate(self, uncertainty: Uncertainty, valid_T: torch.Tensor | None = None) -> None:
-        """Add this micro-batch's deviations; padding (``valid_T`` False) is left out."""
-        u_T = self._select(uncertainty.energy_T, uncertainty.entropy_T).double()
+        Args:
+            logits_TE: router logits.
+            valid_T: False for padding, which has no part in a micro-batch's own values.
+        """
+        is_recomputed_or_only_pass = torch.is_grad_enabled()
+        with torch.no_grad():
+            energy_T, entropy_T = energy_and_entropy(logits_TE, self.temperature)
+            u_T = energy_T if self.measure_name == "energy" else entropy_T
+            if self.of_batch and self.training:
+                mean, var = self._batch_values(u_T, valid_T, is_recomputed_or_only_pass)
+                known = var >= 0
+            else:
+                # No statistics yet: every token is average.
+                mean, var, known = self.mean, self.var, self.num_updates > 0
+            sigma = var.sqrt()
+            # No spread: every token is average.
+            inverse = torch.where(known & (sigma > SIGMA_FLOOR), 1.0 / sigma, 0.0)
+            zscore_T = ((u_T - mean) * inverse).float()
+            zscore_T = torch.where(torch.isfinite(u_T), zscore_T, torch.zeros_like(zscore_T))
+            return Uncertainty(energy_T.float(), entropy_T.float(), u_T.float(), zscore_T)
+
+    def _batch_values(
+        self, u_T: torch.Tensor, valid_T: torch.Tensor | None, with_gradients: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if with_gradients and self._first_passes:
+            return self._first_passes.popleft()
+        total = self._sums(u_T, valid_T)
+        if self.reduce is not None:
+            self.reduce(total)
+        values = _mean_shift_and_variance(total)
+        if not with_gradients:
+            self._first_passes.append((self.mean + values[0], values[1]))
+        return self.mean + values[0], values[1]
+
+    def _sums(self, u_T: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:
+        """Sums over a micro-batch's tokens, float64 ``[PENDING_SIZE]``."""
+        u_T = u_T.double()
         finite_T = torch.isfinite(u_T)
         counted_T = finite_T if valid_T is None else finite_T & valid_T
         ignored_T = ~finite_T if valid_T is None else ~finite_T & valid_T
         deviation_T = torch.where(counted_T, u_T - self.mean, torch.zeros_like(u_T))
-        self._pending += torch.stack(
+        return torch.stack(
             (
                 deviation_T.sum(),
                 deviation_T.square().sum(),
@@ -90,6 +132,11 @@ class MovingStatistics(FixedPrecisionModule):
                 ignored_T.sum().double(),
             )
         )
+
+    @torch.no_grad()
+    def accumulate(self, uncertainty: Uncertainty, valid_T: torch.Tensor | None = None) -> None:
+        """Add this micro-batch's deviations; padding (``valid_T`` False) is left out."""
+        self._pending += self._sums(uncertainty.measure_T, valid_T)
 
     def pending(self) -> torch.Tensor:
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
@@ -105,10 +152,8 @@ class MovingStatistics(FixedPrecisionModule):
         Args:
             total: :meth:`pending` summed over every rank that holds tokens of this layer.
         """
-        count = total[2]
-        has_tokens = count > 0
-        shift = total[0] / count.clamp_min(1.0)
-        variance = (total[1] / count.clamp_min(1.0) - shift.square()).clamp_min(0.0)
+        has_tokens = total[2] > 0
+        shift, variance = _mean_shift_and_variance(total)
         updates = self.num_updates + has_tokens
         weight = (1.0 - self.momentum) / (1.0 - self.momentum ** updates.clamp_min(1).double())
         weight = torch.where(has_tokens, weight, torch.zeros_like(weight))
@@ -116,6 +161,11 @@ class MovingStatistics(FixedPrecisionModule):
         self.var += weight * (variance - self.var)
         self.num_updates.copy_(updates)
         self._pending.zero_()
+        self._first_passes.clear()
 
-    def _select(self, energy_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
-        return energy_T if self.measure_name == "energy" else entropy_T
+
+def _mean_shift_and_variance(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean's distance from ū, and the variance, of the tokens that were summed."""
+    count = total[2].clamp_min(1.0)
+    shift = total[0] / count
+    return shift, (total[1] / count - shift.square()).clamp_min(0.0)

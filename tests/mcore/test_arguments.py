@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
-from uar_megatron.mcore.arguments import check_compatible, megatron_parser, to_argv
+from uar_megatron.mcore.arguments import megatron_parser, to_argv
 
 
 def parse(megatron: dict[str, Any]) -> argparse.Namespace:
@@ -91,43 +89,3 @@ def test_what_is_refused_says_why(megatron: dict[str, Any], words: list[str]) ->
         to_argv(megatron)
     for word in words:
         assert word in str(error.value)
-
-
-def megatron_args(**changes: Any) -> SimpleNamespace:
-    defaults = {a.dest: a.default for a in megatron_parser()._actions}
-    settings = {"num_experts": 8, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01}
-    kind = {"moe_router_load_balancing_type": "aux_loss", "transformer_impl": "local"}
-    return SimpleNamespace(
-        **{**defaults, **settings, **kind, "moe_token_dispatcher_type": "alltoall", **changes}
-    )
-
-
-UAR = {"policy": "uar"}
-REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"num_experts": None}, "num_experts"),
-    ({"policy": "uar", "budget": {"k_max": 9}}, {}, "uar.budget.k_max"),
-    (UAR, {"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type"),
-    (UAR, {"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor"),
-    (UAR, {"moe_router_padding_for_quantization": True}, "moe_router_padding_for_quantization"),
-    (UAR, {"moe_router_group_topk": 2}, "moe_router_group_topk"),
-    (UAR, {"moe_router_fusion": True}, "moe_router_fusion"),
-    (UAR, {"moe_enable_routing_replay": True}, "moe_enable_routing_replay"),
-    (UAR, {"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type"),
-    (UAR, {"moe_router_load_balancing_type": ["seq_aux_loss"]}, "moe_router_load_balancing_type"),
-    (UAR, {"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias"),
-    (UAR, {"cuda_graph_impl": "local"}, "cuda_graph_impl"),
-    (UAR, {"transformer_impl": "inference_optimized"}, "transformer_impl"),
-    (UAR, {"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
-    ({"clb": {"enabled": True}}, {"moe_aux_loss_coeff": 0.0}, "uar.clb.enabled"),
-    ({"bias": {"enabled": True}}, {"moe_router_enable_expert_bias": True}, "uar.bias.enabled"),
-]
-
-
-@pytest.mark.parametrize(("uar", "changes", "field"), REFUSED, ids=lambda v: str(v)[:40])
-def test_combinations_that_cannot_work(uar: dict, changes: dict, field: str) -> None:
-    config = UARConfig.model_validate(uar)
-    with pytest.raises(ConfigError) as error:
-        check_compatible(config, megatron_args(**changes))
-    assert error.value.field == field
-    if field != "num_experts" and "transformer_impl" not in changes and uar != {}:
-        check_compatible(UARConfig(), megatron_args(**changes))  # stock may do all of it

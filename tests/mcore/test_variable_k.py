@@ -111,7 +111,8 @@ def test_weights_are_megatrons_for_the_same_number_of_experts(
         moe_aux_loss_coeff=0.0,
     )
     logits = torch.randn(40, 8)
-    decision = layer.router.policy.route(logits, layer.router.uar_statistics.measure(logits), None)
+    uncertainty = layer.router.uar_statistics.measure(logits)
+    decision = layer.router.policy.route(logits, uncertainty, None, step=1)
     for k in range(2, 6):
         fixed, fixed_map = layer.router._fixed_topk(logits, k)
         same = decision.k_T == k
@@ -190,6 +191,7 @@ def test_padding_tokens_count_nowhere() -> None:
     pending = layer.router.pending().clone()
     layer.router.uar_statistics._pending.zero_()
     layer.router.uar_bias._pending.zero_()
+    layer.router.uar_policy._pending.zero_()
     get_moe_metrics_tracker()._metrics.clear()
     layer.router(inputs[:15])
     torch.testing.assert_close(

@@ -7,6 +7,8 @@ Megatron's classes and functions from here.
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -15,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from uar_megatron.errors import UnsupportedEnvironmentError
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_MEGATRON = SpecifierSet(">=0.19.2,<0.20")
 
@@ -54,8 +58,10 @@ from megatron.core.datasets.gpt_dataset import (  # noqa: E402
 )
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import (  # noqa: E402
+    apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
     get_default_pg_collection,
     topk_routing_with_score_function,
@@ -77,17 +83,22 @@ __all__ = [
     "MoELayer",
     "MoESubmodules",
     "MockGPTDataset",
+    "SequentialMLP",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "add_megatron_arguments",
+    "apply_router_token_dropping",
     "check_megatron_version",
     "compute_routing_scores_for_aux_loss",
+    "current_iteration",
     "default_layer_spec",
     "finalize_model_grads",
     "get_default_pg_collection",
     "get_gpt_decoder_block_spec",
     "observe_training",
+    "start_missing_state_fresh",
     "topk_routing_with_score_function",
+    "transform_mtp_specs",
 ]
 
 
@@ -111,6 +122,85 @@ def default_layer_spec(config: Any, vp_stage: int | None) -> Any:
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+
+
+def current_iteration() -> int:
+    """The 1-based number of the optimizer step that Megatron's training loop is in."""
+    from megatron.training import get_args
+
+    return int(get_args().curr_iteration) + 1
+
+
+@functools.cache
+def transform_mtp_specs(transform: Callable[[Any, Any], Any]) -> None:
+    """Pass every multi-token-prediction spec through ``transform(decoder_spec, mtp_spec)``.
+
+    Megatron builds that spec from its own layers whatever the decoder's spec is
+    (training/models/gpt.py:387). Once per transform.
+    """
+    from megatron.training.models import gpt
+
+    build = gpt.mtp_block_spec
+
+    def mtp_block_spec(config: Any, decoder_spec: Any, vp_stage: int | None = None) -> Any:
+        return transform(decoder_spec, build(config, decoder_spec, vp_stage=vp_stage))
+
+    gpt.mtp_block_spec = mtp_block_spec
+
+
+@functools.cache
+def start_missing_state_fresh(marker: str) -> None:
+    """Let a checkpoint load without the tensors whose names contain ``marker``, and say so.
+
+    Megatron's default strictness fails on a tensor that the model has and the checkpoint has not,
+    and its lenient ones would let other tensors go missing too. Tensors with other names are
+    treated as always. Once per marker.
+
+    Args:
+        marker: part of the names of tensors that may keep their fresh values.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    load = dist_checkpointing.load
+
+    def load_what_is_there(
+        sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kw: Any
+    ) -> Any:
+        saved = _saved_names(checkpoint_dir)
+        absent: set[str] = set()
+
+        def is_absent(value: Any) -> bool:
+            wanted = isinstance(value, ShardedTensor) and marker in value.key
+            if wanted and saved is not None and value.key not in saved:
+                absent.add(value.key)
+                return True
+            return False
+
+        _, sharded_state_dict = extract_matching_values(sharded_state_dict, is_absent)
+        if absent:
+            names = sorted({key.rpartition(marker)[2] for key in absent})
+            logger.warning(
+                "the checkpoint %s has no %s state of: %s; it starts fresh",
+                checkpoint_dir,
+                marker,
+                ", ".join(names),
+            )
+        return load(sharded_state_dict, checkpoint_dir, *args, **kw)
+
+    dist_checkpointing.load = load_what_is_there
+
+
+def _saved_names(checkpoint_dir: Any) -> set[str] | None:
+    """Names of the tensors in a torch_dist checkpoint, None for another format."""
+    from pathlib import Path
+
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (Path(checkpoint_dir) / ".metadata").exists():
+        return None
+    return set(FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata)
 
 
 def observe_training(

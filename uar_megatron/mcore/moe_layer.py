@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ class UARMoELayer(MoELayer):
     ) -> None:
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
+        if submodules is not None:
+            router = functools.partial(submodules.router, layer_number=layer_number)
+            submodules = dataclasses.replace(submodules, router=router)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         if self.router.policy.fixed_k != config.moe_router_topk:
             dispatcher = VARIABLE_K_DISPATCHERS[config.moe_token_dispatcher_type]

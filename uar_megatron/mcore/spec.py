@@ -14,15 +14,19 @@ import torch
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import UARError
 from uar_megatron.experiment import load_uar_section
-from uar_megatron.mcore.arguments import check_compatible
 from uar_megatron.mcore.compat import (
     MoELayer,
+    SequentialMLP,
     TopKRouter,
     TransformerBlockSubmodules,
     default_layer_spec,
     finalize_model_grads,
+    start_missing_state_fresh,
+    transform_mtp_specs,
 )
+from uar_megatron.mcore.experts import TorchGroupedMLP
 from uar_megatron.mcore.moe_layer import UARMoELayer
+from uar_megatron.mcore.options import check_compatible
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.step import StepBoundary, routers_of
 
@@ -42,6 +46,8 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
     Raises:
         ConfigError: the section is invalid, or does not go with Megatron's configuration.
     """
+    transform_mtp_specs(_with_uar_mtp)
+    start_missing_state_fresh(".uar_")
     config_of_uar = uar if isinstance(uar, UARConfig) else load_uar_section(uar)
 
     def layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -55,13 +61,37 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
     return layer_spec
 
 
+@dataclasses.dataclass
+class UARBlockSubmodules(TransformerBlockSubmodules):
+    """A block spec whose MoE layers are ours, with the section that they were made from."""
+
+    uar: UARConfig = dataclasses.field(default_factory=UARConfig)
+
+
 def with_uar_routers(
     block: TransformerBlockSubmodules, uar: UARConfig
 ) -> TransformerBlockSubmodules:
     """Return a copy of a block spec whose MoE layers are ours; layers may share one spec object."""
-    return dataclasses.replace(
-        block, layer_specs=[_with_uar_router(layer, uar) for layer in block.layer_specs]
-    )
+    fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+    fields["layer_specs"] = [_with_uar_router(layer, uar) for layer in block.layer_specs or ()]
+    return UARBlockSubmodules(**fields, uar=uar)
+
+
+def _with_uar_mtp(decoder: Any, mtp: Any) -> Any:
+    """Give multi-token-prediction layers the routers of the decoder they belong to."""
+    if mtp is None or not isinstance(decoder, UARBlockSubmodules):
+        return mtp
+    layers = [
+        dataclasses.replace(
+            layer,
+            submodules=dataclasses.replace(
+                layer.submodules,
+                mtp_model_layer=_with_uar_router(layer.submodules.mtp_model_layer, decoder.uar),
+            ),
+        )
+        for layer in mtp.layer_specs
+    ]
+    return dataclasses.replace(mtp, layer_specs=layers)
 
 
 def _with_uar_router(layer: Any, uar: UARConfig) -> Any:
@@ -83,7 +113,18 @@ def with_uar_moe_layer(mlp: functools.partial[MoELayer], uar: UARConfig) -> Any:
             "uar_megatron replaces Megatron's TopKRouter only"
         )
     ours = dataclasses.replace(submodules, router=functools.partial(UARRouter, uar=uar))
+    experts = submodules.experts
+    if isinstance(experts, functools.partial) and experts.func is SequentialMLP:
+        ours = dataclasses.replace(
+            ours, experts=functools.partial(_local_experts, *experts.args, **experts.keywords)
+        )
     return functools.partial(UARMoELayer, *mlp.args, **{**mlp.keywords, "submodules": ours})
+
+
+def _local_experts(num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> SequentialMLP:
+    """Build the experts of a local spec: grouped where ``moe_grouped_gemm`` asks for it."""
+    experts = TorchGroupedMLP if config.moe_grouped_gemm else SequentialMLP
+    return experts(num_local_experts, config, *args, **kwargs)
 
 
 def assert_uar_routers(model: Iterable[torch.nn.Module]) -> None:
@@ -99,5 +140,6 @@ def assert_uar_routers(model: Iterable[torch.nn.Module]) -> None:
             f"{len(stock)} of {len(layers)} MoE layers were built with "
             f"{type(stock[0].router).__name__}, not with UARRouter.\n"
             "  remedy:  check that the spec was imported (Megatron ignores a --spec it cannot find)"
+            "\n           and that multi-token-prediction layers come from megatron.training.models"
         )
     logger.info("UAR routers in %d MoE layers of this rank", len(routers_of(chunks)))

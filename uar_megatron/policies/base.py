@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from uar_megatron.config import UARConfig
+from uar_megatron.config import ExpansionConfig, LayerBudget
 from uar_megatron.decision import RoutingDecision, Uncertainty
 
 FixedTopK = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -16,7 +16,7 @@ FixedTopK = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """The Megatron settings a policy needs, under Megatron's names.
+    """What a policy needs to know of Megatron's settings, under Megatron's names, and of the layer.
 
     Attributes:
         num_experts: E.
@@ -24,8 +24,14 @@ class RouterSettings:
         score_function: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         use_pre_softmax: weights are the softmax over all experts, without renormalisation.
         scaling_factor: ``moe_router_topk_scaling_factor``, None for 1.
+        num_groups: ``moe_router_num_groups``, None without group-limited routing.
+        group_topk: ``moe_router_group_topk``.
+        weights: ``uar.weights``.
         fixed_topk: Megatron's own routing for a number of experts common to all tokens:
             ``(logits_TE, k) -> (probs_TE, routing_map_TE)``.
+        budget: the layer's budget.
+        expansion: when it sets in.
+        device: where state lives.
     """
 
     num_experts: int
@@ -33,7 +39,43 @@ class RouterSettings:
     score_function: str
     use_pre_softmax: bool
     scaling_factor: float | None
+    num_groups: int | None
+    group_topk: int | None
+    weights: str
     fixed_topk: FixedTopK
+    budget: LayerBudget
+    expansion: ExpansionConfig
+    device: torch.device | str | int
+
+    @property
+    def has_stock_weights(self) -> bool:
+        """Whether ``weights`` names what Megatron does anyway."""
+        if self.score_function == "softmax":
+            stock = "softmax_all" if self.use_pre_softmax else "renormalised"
+        else:
+            stock = "renormalised" if self.topk > 1 else "megatron"
+        return self.weights in ("megatron", stock)
+
+
+class PolicyState(Protocol):
+    """A module with a policy's state: summed in the forward, moved once per step on all ranks."""
+
+    def accumulate(self, k_T: torch.Tensor, valid_T: torch.Tensor | None) -> None:
+        """Add a micro-batch's decision; padding (``valid_T`` False) is left out."""
+        ...
+
+    def pending(self) -> torch.Tensor:
+        """This rank's sums since the last commit, float64, one-dimensional."""
+        ...
+
+    def commit(self, total: torch.Tensor, step: int) -> None:
+        """Move the state by the sums of all ranks and start a new step.
+
+        Args:
+            total: :meth:`pending` summed over every rank that holds tokens of this layer.
+            step: the optimizer step that ends.
+        """
+        ...
 
 
 class RoutingPolicy(Protocol):
@@ -41,22 +83,33 @@ class RoutingPolicy(Protocol):
 
     Attributes:
         max_k: the largest number of experts a token can get.
-        fixed_k: that number if it is the same for every token, else None.
+        fixed_k: that number if it is the same for every token at every step, else None.
+        state: what the policy keeps in the checkpoint and moves at the step boundary, or None.
     """
 
     max_k: int
     fixed_k: int | None
+    state: PolicyState | None
 
-    def __init__(self, config: UARConfig, settings: RouterSettings) -> None: ...
+    def __init__(self, settings: RouterSettings) -> None: ...
+
+    def is_stock(self, step: int) -> bool:
+        """Whether at this step the decision is the one Megatron would take."""
+        ...
 
     def route(
-        self, logits_TE: torch.Tensor, uncertainty: Uncertainty, bias_E: torch.Tensor | None
+        self,
+        logits_TE: torch.Tensor,
+        uncertainty: Uncertainty,
+        bias_E: torch.Tensor | None,
+        step: int,
     ) -> RoutingDecision:
         """Decide.
 
         Args:
             logits_TE: router logits (differentiable).
-            uncertainty: of the same tokens, under this step's frozen statistics.
+            uncertainty: of the same tokens.
             bias_E: selection bias, added to the scores for choosing but not for weighting.
+            step: optimizer steps taken so far.
         """
         ...

@@ -1,25 +1,33 @@
-"""Megatron's own top-k, with the selection bias as the only addition."""
+"""Top-k routing: Megatron's own, or with a selection bias that Megatron would refuse."""
 
 from __future__ import annotations
 
 import torch
 
-from uar_megatron.config import UARConfig
 from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.policies.base import RouterSettings
+from uar_megatron.policies.base import PolicyState, RouterSettings
 from uar_megatron.policies.scores import route_variable_k
 
 
 class TopKPolicy:
     """The same number of experts for every token (``moe_router_topk``)."""
 
-    def __init__(self, config: UARConfig, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
         self.max_k = settings.topk
         self.fixed_k: int | None = settings.topk
+        self.state: PolicyState | None = None
+
+    def is_stock(self, step: int) -> bool:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        return self.settings.has_stock_weights
 
     def route(
-        self, logits_TE: torch.Tensor, uncertainty: Uncertainty, bias_E: torch.Tensor | None
+        self,
+        logits_TE: torch.Tensor,
+        uncertainty: Uncertainty,
+        bias_E: torch.Tensor | None,
+        step: int,
     ) -> RoutingDecision:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         return route_fixed_k(logits_TE, self.max_k, bias_E, self.settings)
@@ -28,9 +36,11 @@ class TopKPolicy:
 def route_fixed_k(
     logits_TE: torch.Tensor, k: int, bias_E: torch.Tensor | None, settings: RouterSettings
 ) -> RoutingDecision:
-    """Route every token to ``k`` experts: Megatron's function, called as it is, unless biased."""
+    """Route every token to ``k`` experts: Megatron's function, called as it is, where it can."""
     k_T = torch.full((logits_TE.shape[0],), k, dtype=torch.int64, device=logits_TE.device)
-    if bias_E is not None or k == 0:  # Megatron has no k = 0
+    # Megatron has no k = 0, and sizes its groups by moe_router_topk.
+    is_megatrons = bias_E is None and settings.has_stock_weights and k > 0
+    if not is_megatrons or (settings.group_topk and k != settings.topk):
         return route_variable_k(logits_TE, k_T, k, bias_E, settings)
     probs_TE, routing_map_TE = settings.fixed_topk(logits_TE, k)
     return RoutingDecision(probs_TE, routing_map_TE, k_T)

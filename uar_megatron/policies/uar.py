@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import torch
 
-from uar_megatron.budget import expert_budget
-from uar_megatron.config import UARConfig
+from uar_megatron.budget import ExpertBudget
 from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.policies.base import RouterSettings
+from uar_megatron.policies.base import PolicyState, RouterSettings
 from uar_megatron.policies.scores import route_variable_k
 from uar_megatron.policies.topk import route_fixed_k
 
 
 class UARPolicy:
-    """k = clamp(round(α·ẑ + β), K_min, K_max) experts per token.
+    """The number of experts that :class:`~uar_megatron.budget.ExpertBudget` gives each token.
 
-    With α = 0 every token gets the same number, and Megatron's own routing is called for it: off
-    means off, to the last bit.
+    Where that is the same for every token, Megatron's own routing is called for it: off means off,
+    to the last bit.
     """
 
-    def __init__(self, config: UARConfig, settings: RouterSettings) -> None:
-        self.budget = config.budget
+    def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
-        self.fixed_k = config.budget.constant_k()
-        self.max_k = config.budget.k_max if self.fixed_k is None else self.fixed_k
+        self.budget = ExpertBudget(
+            settings.budget, settings.expansion, settings.topk, settings.device
+        )
+        self.state: PolicyState | None = self.budget
+        self.fixed_k = self.budget.fixed_k
+        self.max_k = self.budget.max_k if self.fixed_k is None else self.fixed_k
+
+    def is_stock(self, step: int) -> bool:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        is_topk = self.fixed_k == self.settings.topk or self._is_waiting(step)
+        return is_topk and self.settings.has_stock_weights
 
     def route(
-        self, logits_TE: torch.Tensor, uncertainty: Uncertainty, bias_E: torch.Tensor | None
+        self,
+        logits_TE: torch.Tensor,
+        uncertainty: Uncertainty,
+        bias_E: torch.Tensor | None,
+        step: int,
     ) -> RoutingDecision:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
-        if self.fixed_k is not None:
-            return route_fixed_k(logits_TE, self.fixed_k, bias_E, self.settings)
-        k_T = expert_budget(uncertainty.zscore_T, self.budget)
+        k = self.settings.topk if self._is_waiting(step) else self.fixed_k
+        if k is not None:
+            return route_fixed_k(logits_TE, k, bias_E, self.settings)
+        k_T = self.budget.experts_of(uncertainty.zscore_T, step)
         return route_variable_k(logits_TE, k_T, self.max_k, bias_E, self.settings)
+
+    def _is_waiting(self, step: int) -> bool:
+        return self.budget.progress(step) == 0.0

@@ -47,13 +47,13 @@ class LayerMetrics(BaseModel):
     omega_mean: float
     """Mean epistemic weight ω (Eq. 6); 1 while no mask is active."""
     theta: float | None
-    """Threshold θ_t in σ_u; None while no mask is active."""
+    """Threshold θ_t, in σ_u or the units of u; None while no mask is active."""
     load: list[float]
     """Fraction of dispatched slots per expert."""
     max_vio: float
     """Mean over the interval's batches of max_e load_e / mean load − 1."""
-    balancing_loss: float | None
-    """Auxiliary loss without its coefficient; None when it is off."""
+    balancing_loss: dict[str, float]
+    """Auxiliary losses that are on, by Megatron's name, without their coefficients."""
     bias_mean: float | None
     bias_max_abs: float | None
     """The selection bias; None without one."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from uar_megatron.reporting.schema import LayerMetrics, Record, Start, Step, Validation
 
+_NOT_SCALARS = {"layer", "tokens", "k_histogram", "states", "load", "balancing_loss"}
 STATES = ("consensus", "ambiguity", "stubborn", "vacuum")
 
 
@@ -107,7 +108,8 @@ def scalars(record: Record) -> dict[str, float]:
     if record.k_eff is not None:
         values["uar/k_eff"] = record.k_eff
     for layer in record.layers:
-        numbers = layer.model_dump(exclude={"layer", "tokens", "k_histogram", "states", "load"})
+        numbers = layer.model_dump(exclude=_NOT_SCALARS)
+        numbers |= layer.balancing_loss
         numbers |= dict(zip(STATES, layer.states, strict=True))
         for name, value in numbers.items():
             if value is not None:
