@@ -162,7 +162,7 @@ def refuse_foreign_folder(folder: Path) -> None:
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
     """A locked folder beside the target that takes its name at the end, or vanishes on failure."""
-    target = target.absolute()
+    target = target.resolve()  # behind a link the folder itself is replaced, not the link
     work = target.with_name(f".{target.name}.work")
     try:
         work.mkdir(parents=True, exist_ok=True)

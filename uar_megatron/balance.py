@@ -147,7 +147,8 @@ class BalancingBias(FixedPrecisionModule):
             change_E = torch.sign(offset_E)
         else:
             change_E = offset_E / mean.clamp_min(1e-12)
-        self.value += self.rate * change_E.float()
+        # A new tensor, as in UncertaintyStatistics.commit.
+        self.value = self.value + self.rate * change_E.float()
         if self.recentre:
-            self.value -= self.value.mean()
+            self.value = self.value - self.value.mean()
         self._pending.zero_()

@@ -156,5 +156,6 @@ class ExpertBudget(FixedPrecisionModule):
             # Beyond four σ everybody is clamped: β would wind up without an effect.
             reach = 4.0 * abs(budget.alpha) + 1.0
             moved = (self.beta + change).clamp(budget.k_min - reach, budget.k_max + reach)
-            self.beta.copy_(torch.where(total[1] > 0, moved, self.beta))
+            # A new tensor, as in UncertaintyStatistics.commit.
+            self.beta = torch.where(total[1] > 0, moved, self.beta)
         self._pending.zero_()

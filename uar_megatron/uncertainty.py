@@ -142,6 +142,10 @@ class UncertaintyStatistics(FixedPrecisionModule):
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
         return self._pending
 
+    def nonfinite_tokens(self) -> int:
+        """Non-finite tokens since the last commit on this rank; waits for the device."""
+        return int(self._pending[-1])
+
     @torch.no_grad()
     def commit(self, total: torch.Tensor) -> None:
         """Fold the sums of all ranks into ū and σ² and start a new step.
@@ -157,9 +161,10 @@ class UncertaintyStatistics(FixedPrecisionModule):
         updates = self.num_updates + has_tokens
         weight = (1.0 - self.momentum) / (1.0 - self.momentum ** updates.clamp_min(1).double())
         weight = torch.where(has_tokens, weight, torch.zeros_like(weight))
-        self.mean += weight * shift
-        self.var += weight * (variance - self.var)
-        self.num_updates.copy_(updates)
+        # New tensors, so that whoever kept the old ones can go back (UARRouter.snapshot).
+        self.mean = self.mean + weight * shift
+        self.var = self.var + weight * (variance - self.var)
+        self.num_updates = updates
         self._pending.zero_()
         self._first_passes.clear()
 

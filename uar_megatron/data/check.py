@@ -63,7 +63,8 @@ def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> DatasetI
     bin_path, idx_path = Path(prefix + ".bin"), Path(prefix + ".idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
-            hint = "" if path.suffix not in prefix else " (the prefix is given without .bin/.idx)"
+            with_suffix = prefix.endswith((".bin", ".idx"))
+            hint = " (the prefix is given without .bin/.idx)" if with_suffix else ""
             raise DataError(f"dataset {prefix}: {path} does not exist{hint}{_REMEDY}")
     try:
         dtype, documents, lengths = _read_index(idx_path)
@@ -72,6 +73,8 @@ def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> DatasetI
     except OSError as error:
         raise DataError(f"dataset {prefix}: cannot be read: {error}") from error
     tokens = int(lengths.sum(dtype=np.int64))
+    if tokens == 0:  # Megatron cannot map an empty file
+        raise DataError(f"dataset {prefix}: it holds no tokens{_REMEDY}")
     expected_bytes = tokens * np.dtype(dtype).itemsize
     if bin_bytes != expected_bytes:
         raise DataError(

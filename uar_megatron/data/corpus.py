@@ -47,14 +47,14 @@ def deduplicate(documents: Sequence[Document], near_threshold: float = 0.8) -> D
     for index in sorted(distinct, key=lambda i: -len(documents[i].text)):
         stripped = (line.strip() for line in documents[index].text.splitlines())
         lines = {line for line in stripped if len(line) >= _MIN_LINE_CHARACTERS}
+        lines = {line for line in lines if len(owners_of.get(line, ())) < _MAX_OWNERS}
         overlap = Counter(owner for line in lines for owner in owners_of.get(line, ()))
         most = max(overlap.values(), default=0)
         if len(lines) >= _MIN_LINES and most >= near_threshold * len(lines):
             near.add(index)
             continue
         for line in lines:
-            if len(owners_of[line]) < _MAX_OWNERS:
-                owners_of[line].append(index)
+            owners_of[line].append(index)
     kept = [documents[index] for index in distinct if index not in near]
     return Deduplicated(kept, exact=len(documents) - len(distinct), near=len(near))
 

@@ -49,8 +49,11 @@ class DocumentReader:
     ) -> None:
         if separator == "":
             raise DataError("the document separator is empty; leave it out to keep files whole")
-        self.files = find_files(inputs)
-        self.bytes_total = sum(path.stat().st_size for path in self.files)
+        try:
+            self.files = find_files(inputs)
+            self.bytes_total = sum(path.stat().st_size for path in self.files)
+        except OSError as error:  # a dangling link, a folder without permission
+            raise DataError(f"an input cannot be read: {error}") from error
         self.bytes_read = 0
         self._json_field = json_field
         self._separator = separator
@@ -64,6 +67,7 @@ class DocumentReader:
                         self.bytes_read = done + raw.tell()
                         yield text
                 done += path.stat().st_size
+                self.bytes_read = done
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error}") from error
 
@@ -168,11 +172,13 @@ def _text_of_line(line: bytes, number: int, where: str, field: str) -> str | Non
     if not decoded.strip():
         return None
     try:
-        record: Any = json.loads(decoded)
+        record: Any = json.loads(decoded.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise DataError(f"{where}: broken JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more than 4300 digits
+        raise DataError(f"{where}: broken JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__} where a JSON object is expected")
     if field not in record:

@@ -6,7 +6,6 @@ Megatron, a special token that is spelled out in the text becomes that special t
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import re
@@ -21,6 +20,7 @@ from uar_megatron.errors import DataError
 # Megatron's own constants (tiktoken_tokenizer.py: `v2` pattern, seven names, 1000 special ids).
 _TIKTOKEN_MAX_VOCAB = 2**17
 _TIKTOKEN_SPECIAL_IDS = 1000
+_TIKTOKEN_KEYS = {"rank", "token_bytes", "token_str"}
 _TIKTOKEN_SPECIAL_NAMES = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _TIKTOKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -253,13 +253,15 @@ def _tiktoken_ranks(path: Path) -> dict[bytes, int]:
             for rank, entry in enumerate(entries)
         }
         ordered = all(entry["rank"] == rank for rank, entry in enumerate(entries))
-    except (ValueError, TypeError, KeyError, binascii.Error) as error:
+        keys = all(entry.keys() == _TIKTOKEN_KEYS for entry in entries)  # Megatron asserts it
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"tokenizer {path}: not a tiktoken vocabulary: {error!r}") from error
     single_bytes = all(ranks.get(bytes([i])) == i + _TIKTOKEN_SPECIAL_IDS for i in range(256))
-    if not ordered or len(ranks) != len(entries) or not single_bytes:
+    if not keys or not ordered or len(ranks) != len(entries) or not single_bytes:
         raise DataError(
-            f"tokenizer {path}: not a tiktoken vocabulary: ranks must count up from 0, the first "
-            "256 tokens must be the bytes in order, and no token may occur twice"
+            f"tokenizer {path}: not a tiktoken vocabulary: entries must have just rank, "
+            "token_bytes and token_str, ranks must count up from 0, the first 256 tokens must be "
+            "the bytes in order, and no token may occur twice"
         )
     return ranks
 

@@ -95,8 +95,10 @@ __all__ = [
     "finalize_model_grads",
     "get_default_pg_collection",
     "get_gpt_decoder_block_spec",
+    "keep_state_over_reruns",
     "observe_training",
     "start_missing_state_fresh",
+    "stops_at_nan",
     "topk_routing_with_score_function",
     "transform_mtp_specs",
 ]
@@ -129,6 +131,35 @@ def current_iteration() -> int:
     from megatron.training import get_args
 
     return int(get_args().curr_iteration) + 1
+
+
+def stops_at_nan() -> bool:
+    """Whether Megatron itself stops at a loss or gradient that is not finite."""
+    from megatron.training import get_args
+
+    return bool(get_args().check_for_nan_in_loss_and_grad)
+
+
+def keep_state_over_reruns(save: Callable[[], Any], restore: Callable[[Any], None]) -> None:
+    """Have Megatron save state before each step and restore it when it repeats or gives up one.
+
+    Megatron repeats a step whose loss or gradient it does not believe (rerun_state_machine.py);
+    without this the step boundary would be taken twice.
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    machine = get_rerun_state_machine()
+    stock_save, stock_restore = machine.state_save_func, machine.state_restore_func
+
+    def save_all() -> Any:
+        return {"megatron": stock_save() if stock_save else None, "uar": save()}
+
+    def restore_all(state: Any) -> None:
+        if stock_restore and state["megatron"]:
+            stock_restore(state["megatron"])
+        restore(state["uar"])
+
+    machine.state_save_func, machine.state_restore_func = save_all, restore_all
 
 
 @functools.cache

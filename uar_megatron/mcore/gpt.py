@@ -23,12 +23,15 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from uar_megatron.errors import TrainingError
 from uar_megatron.mcore.compat import (
     BlendedMegatronDatasetBuilder,
     GPTDataset,
     GPTDatasetConfig,
     MockGPTDataset,
+    current_iteration,
 )
+from uar_megatron.mcore.step import nonfinite_error, routers_of
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
 
@@ -95,7 +98,7 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], model)
 
 
 def _reads_data(config: Any, vp_stage: int | None, mtp_num_layers: int | None) -> bool:
@@ -149,7 +152,7 @@ def _next_batch(
 
 
 def _loss(
-    loss_mask: torch.Tensor | None, output: torch.Tensor
+    loss_mask: torch.Tensor | None, model: torch.nn.Module, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses, the number of tokens, and both for the report (Megatron's form)."""
     assert loss_mask is not None  # only called on the last pipeline stage, which reads data
@@ -157,7 +160,15 @@ def _loss(
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        for is_bad, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        _check_finite(loss, model)
+    report = torch.stack((loss.detach(), tokens.float()))
+    return loss, tokens.detach(), {"lm loss": report}
+
+
+def _check_finite(loss: torch.Tensor, model: torch.nn.Module) -> None:
+    """Megatron's check of the loss, with the first router that went wrong named in the error."""
+    for is_bad, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        try:
             get_rerun_state_machine().validate_result(
                 result=loss,
                 rejection_func=is_bad,
@@ -165,5 +176,13 @@ def _loss(
                 tolerance=0.0,
                 fatal=True,
             )
-    report = torch.stack((loss.detach(), tokens.float()))
-    return loss, tokens.detach(), {"lm loss": report}
+        except RuntimeError as error:
+            for router in routers_of([model]):
+                tokens = router.uar_statistics.nonfinite_tokens()
+                if tokens:
+                    raise nonfinite_error(router, tokens, current_iteration()) from error
+            raise TrainingError(
+                f"step {current_iteration()}: the loss is {name}, while the energy and entropy of "
+                "every router of this pipeline stage are finite\n"
+                "  remedy:  resume from the last checkpoint with a lower learning rate"
+            ) from error

@@ -285,7 +285,7 @@ OPTIONS = (
     Option(
         ("rerun_mode",),
         "acting",
-        "the repeated forward would take the step boundary twice",
+        "it takes the step boundary twice in every step",
         "use rerun_mode=validate_results or disabled",
         lambda args: getattr(args, "rerun_mode", None) == "report_determinism_stats",
         "report_determinism_stats",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -237,9 +238,24 @@ class UARRouter(TopKRouter):
             self.uar_bias.commit(loads_E)
         if self.uar_policy is not None:
             self.uar_policy.commit(rest, self.step)
-        self.uar_step += 1
+        self.uar_step = self.uar_step + 1
         self._host_step = self.step if self._host_step is None else self._host_step + 1
         self.metrics.end_step()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What :meth:`commit` moves, for :meth:`restore`; holds references, copies nothing."""
+        return {"host_step": self._host_step, "buffers": dict(self._state_buffers())}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a snapshot: the step that was committed since is repeated or given up."""
+        self._host_step = snapshot["host_step"]
+        for name, value in snapshot["buffers"].items():
+            owner, _, buffer = name.rpartition(".")
+            setattr(self.get_submodule(owner), buffer, value)
+
+    def _state_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        saved = self.state_dict(keep_vars=True)
+        return ((n, b) for n, b in self.named_buffers() if n.startswith("uar_") and n in saved)
 
     def _fixed_topk(self, logits_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's routing with every one of its options (router.py:759)."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from uar_megatron.errors import TrainingError
-from uar_megatron.mcore.compat import current_iteration
+from uar_megatron.mcore.compat import current_iteration, keep_state_over_reruns, stops_at_nan
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.uncertainty import UncertaintyStatistics
+
+logger = logging.getLogger(__name__)
 
 
 def routers_of(model: Iterable[torch.nn.Module]) -> list[UARRouter]:
@@ -22,8 +26,6 @@ class StepBoundary:
     """Wraps Megatron's ``finalize_model_grads_func``: called once per optimizer step on every rank.
 
     ``train()`` keeps a finalize function that is already on the configuration (training.py:3549).
-    The counts of non-finite tokens are copied to the host without waiting for them: on a GPU
-    training stops at the boundary after the one that saw them.
 
     Args:
         finalize: the function to wrap, Megatron's own or somebody's.
@@ -31,37 +33,65 @@ class StepBoundary:
 
     def __init__(self, finalize: Callable[..., Any]) -> None:
         self.finalize = finalize
-        self._nonfinite: torch.Tensor | None = None
-        self._iteration = 0
+        self._watch: NonFiniteWatch | None = None
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         """Finalise the gradients, then commit the routers of ``model``.
 
         Raises:
-            TrainingError: a router met a token whose energy or entropy is not finite.
+            TrainingError: a router met a token whose energy or entropy is not finite, and Megatron
+                was told not to stop at such things.
         """
         result = self.finalize(model, *args, **kwargs)
         routers = routers_of(model)
         if routers:
-            if torch.cuda.is_available():
-                self._stop_if_nonfinite(routers)
-            counts = commit(routers)
-            if self._nonfinite is None:
-                self._nonfinite = torch.zeros_like(
-                    counts, device="cpu", pin_memory=torch.cuda.is_available()
+            if self._watch is None:
+                self._watch = NonFiniteWatch(routers)
+                keep_state_over_reruns(
+                    lambda: [router.snapshot() for router in routers],
+                    functools.partial(_restore, routers),
                 )
-            self._nonfinite.copy_(counts, non_blocking=True)
-            self._iteration = current_iteration()
-            if not torch.cuda.is_available():
-                self._stop_if_nonfinite(routers)
+            self._watch.look(commit(routers))
         return result
 
-    def _stop_if_nonfinite(self, routers: list[UARRouter]) -> None:
-        if self._nonfinite is None:
-            return
-        for router, count in zip(routers, self._nonfinite.tolist(), strict=True):
-            if count:
-                raise nonfinite_error(router, int(count), self._iteration)
+
+class NonFiniteWatch:
+    """Notices routers whose uncertainty is not finite, without waiting for the device.
+
+    On a GPU the counts arrive on the host during the step after, and are read at its boundary.
+
+    Args:
+        routers: this rank's, in layer order.
+    """
+
+    def __init__(self, routers: list[UARRouter]) -> None:
+        self.routers = routers
+        self._on_gpu = torch.cuda.is_available()
+        self._counts = torch.zeros(len(routers), dtype=torch.float64, pin_memory=self._on_gpu)
+        self._iteration = 0
+
+    def look(self, counts: torch.Tensor) -> None:
+        """Take note of a step's counts, and judge those that have arrived.
+
+        Args:
+            counts: non-finite tokens of each router, on the device.
+        """
+        if self._on_gpu:
+            self._judge()
+        self._counts.copy_(counts, non_blocking=True)
+        self._iteration = current_iteration()
+        if not self._on_gpu:
+            self._judge()
+
+    def _judge(self) -> None:
+        for router, tokens in zip(self.routers, self._counts.tolist(), strict=True):
+            if tokens:
+                error = nonfinite_error(router, int(tokens), self._iteration)
+                # Megatron repeats the step, saves a checkpoint of the step before, and stops.
+                if not stops_at_nan():
+                    raise error
+                logger.error("%s", error)
+                return
 
 
 def nonfinite_error(router: UARRouter, tokens: int, iteration: int) -> TrainingError:
@@ -72,6 +102,11 @@ def nonfinite_error(router: UARRouter, tokens: int, iteration: int) -> TrainingE
         "  remedy:  resume from the last checkpoint with a lower learning rate, or look at what "
         "feeds that layer"
     )
+
+
+def _restore(routers: list[UARRouter], snapshots: list[dict[str, Any]]) -> None:
+    for router, snapshot in zip(routers, snapshots, strict=True):
+        router.restore(snapshot)
 
 
 @torch.no_grad()

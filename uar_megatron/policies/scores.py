@@ -57,6 +57,8 @@ def route_variable_k(
         weights_TK = scores_TE.gather(1, index_TK)
         if weights != "as_they_are":
             total_T1 = (weights_TK * chosen_TK).sum(dim=-1, keepdim=True)
+            # Dividing by nothing would be 0·∞ in backward, for a token without experts.
+            total_T1 = total_T1.masked_fill((k_T == 0).unsqueeze(-1), 1.0)
             scaled_TK = weights_TK / (total_T1 + 1e-20)
             if weights == "renormalised_to_K":
                 shares_TK = weights_TK
