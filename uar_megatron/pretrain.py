@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,7 @@ def run(experiment: Experiment) -> None:
     if args.rank == 0:
         for folder in filter(None, _output_folders(experiment).values()):
             save_resolved(experiment, Path(folder))
+    reason = "killed by an error"
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -97,8 +99,30 @@ def run(experiment: Experiment) -> None:
             ModelType.encoder_or_decoder,
             forward_step,
         )
+        reason = "finished"
+    except SystemExit as stop:
+        reason, code = _why_stopped(args, stop.code)
+        raise SystemExit(code) from stop
+    except UARError as error:
+        reason = str(error).splitlines()[0]
+        raise
     finally:
-        recorder.close()
+        recorder.close(reason)
+
+
+def _why_stopped(args: argparse.Namespace, code: Any) -> tuple[str, Any]:
+    """Say why Megatron left its loop early, on every rank alike, and with which exit code.
+
+    Megatron leaves with 0 after a signal, which a batch system would take for a finished job.
+    """
+    from uar_megatron.mcore.compat import signal_received
+
+    if args.exit_signal_handler and signal_received():
+        saved = "checkpoint saved" if args.save else "nothing saved: there is no --save"
+        return f"SIGTERM received, {saved}", 128 + signal.SIGTERM
+    if code:
+        return f"Megatron's validation of results stopped it with exit code {code}", code
+    return "exit_interval or exit_duration_in_mins reached", code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from uar_megatron.mcore.compat import observe_training
 from uar_megatron.mcore.step import routers_of
 from uar_megatron.mcore.tracker import RoutingTracker
 from uar_megatron.reporting.runlog import RUN_LOG, RunLogWriter
-from uar_megatron.reporting.schema import Record, Start, Step, Validation
+from uar_megatron.reporting.schema import End, Record, Start, Step, Validation
 from uar_megatron.reporting.sinks import ConsoleSink, FanOut, Sink, TensorBoardSink, WandbSink
 
 
@@ -32,6 +32,7 @@ class RunRecorder:
         self.experiment = experiment
         self.args = args
         self._sink: Sink | None = None
+        self._step = 0
 
     def attach(self, model: list[torch.nn.Module]) -> None:
         """Observe the training of a built model. Called once, on every rank."""
@@ -47,15 +48,17 @@ class RunRecorder:
 
         def on_step(call: dict[str, Any], seconds: float) -> None:
             self._begin(call["iteration"] - 1)
+            self._step = call["iteration"]
             tracker.on_step(call, seconds)
 
         observe_training(
             on_step, lambda step, losses: self._emit(step, Validation(step=step, losses=losses))
         )
 
-    def close(self) -> None:
-        """Close the sinks; safe to call at any time."""
+    def close(self, reason: str) -> None:
+        """Record why training ended, and close the sinks; safe to call at any time."""
         if self._sink is not None:
+            self._sink.write(End(step=self._step, reason=reason))
             self._sink.close()
             self._sink = None
 

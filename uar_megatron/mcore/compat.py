@@ -97,6 +97,7 @@ __all__ = [
     "get_gpt_decoder_block_spec",
     "keep_state_over_reruns",
     "observe_training",
+    "signal_received",
     "start_missing_state_fresh",
     "stops_at_nan",
     "topk_routing_with_score_function",
@@ -131,6 +132,13 @@ def current_iteration() -> int:
     from megatron.training import get_args
 
     return int(get_args().curr_iteration) + 1
+
+
+def signal_received() -> bool:
+    """Whether any rank got the signal that ``--exit-signal-handler`` waits for; a collective."""
+    from megatron.training.global_vars import get_signal_handler
+
+    return any(get_signal_handler().signals_received())
 
 
 def stops_at_nan() -> bool:

@@ -15,6 +15,7 @@ from uar_megatron.errors import UARError
 from uar_megatron.reporting.schema import (
     SCHEMA_VERSION,
     AnyRecord,
+    End,
     Record,
     Start,
     Step,
@@ -78,11 +79,13 @@ class Run:
         starts: one per process that trained, in order.
         steps: logging intervals, by step.
         validations: by step.
+        ends: one per process that was not killed, in order.
     """
 
     starts: list[Start] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
 
     @property
     def resumed_at(self) -> list[int]:
@@ -140,6 +143,8 @@ def _add(run: Run, record: AnyRecord) -> None:
     if isinstance(record, Start):
         run.starts.append(record)
         _drop_after(run, record.step)
+    elif isinstance(record, End):
+        run.ends.append(record)
     elif isinstance(record, Step):
         while run.steps and run.steps[-1].step >= record.step:
             run.steps.pop()

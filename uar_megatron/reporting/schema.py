@@ -111,7 +111,17 @@ class Validation(Record):
     """Cross-entropy per token by set, nats; its exponential is the perplexity."""
 
 
-AnyRecord = Start | Step | Validation
+class End(Record):
+    """A process stopped training; a killed one leaves no such record."""
+
+    kind: Literal["end"] = "end"
+    step: int
+    """Optimizer steps taken."""
+    reason: str
+    """``finished``, ``SIGTERM``, the error, or why Megatron stopped early."""
+
+
+AnyRecord = Start | Step | Validation | End
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
 
 

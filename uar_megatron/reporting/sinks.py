@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from uar_megatron.reporting.schema import LayerMetrics, Record, Start, Step, Validation
+from uar_megatron.reporting.schema import End, LayerMetrics, Record, Start, Step, Validation
 
 _NOT_SCALARS = {"layer", "tokens", "k_histogram", "states", "load", "balancing_loss"}
 STATES = ("consensus", "ambiguity", "stubborn", "vacuum")
@@ -63,6 +63,8 @@ def console_line(record: Record) -> str | None:
     if isinstance(record, Start):
         verb = "resumes" if record.step else "starts"
         return f" uar | {record.run} {verb} at step {record.step} on {record.world_size} ranks"
+    if isinstance(record, End):
+        return f" uar | stopped at step {record.step}: {record.reason}"
     if isinstance(record, Validation):
         losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record.losses.items())
         return f" uar | step {record.step} | validation loss | {losses}"
