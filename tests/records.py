@@ -18,7 +18,7 @@ def layer(number: int, at: int) -> LayerMetrics:
     return LayerMetrics(
         layer=number, tokens=64, energy_mean=-2 - 0.1 * number, energy_std=0.3,
         entropy_mean=1.2 + math.exp(-at / 20), entropy_std=0.2,
-        k_eff=2 + 0.1 * math.sin(at + number),
+        zscore_mean=0.1, zscore_std=1.0, beta=None, k_eff=2 + 0.1 * math.sin(at + number),
         k_histogram=[0.0, 0.3, 0.5, 0.2, 0.0], states=[0.1, 0.6, 0.1, 0.2], omega_mean=0.5,
         theta=-1.0, load=[0.1, 0.2, 0.3, 0.4], max_vio=0.6,
         balancing_loss={"aux_loss": 1.0}, bias_mean=0.0, bias_max_abs=0.1, rows=128.0, nonfinite=0,

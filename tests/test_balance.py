@@ -15,7 +15,7 @@ from uar_megatron.decision import Uncertainty
 
 def uncertainty(zscores: torch.Tensor, measure: torch.Tensor | None = None) -> Uncertainty:
     u = zscores * 0 if measure is None else measure
-    return Uncertainty(u, u, u, zscores)
+    return Uncertainty(u, u, u, zscores, torch.isfinite(u))
 
 
 def test_threshold_schedule() -> None:

@@ -18,7 +18,9 @@ def batch(tokens: int, seed: int) -> tuple[Uncertainty, RoutingDecision, torch.T
     entropy = 2 * torch.rand(tokens, generator=generator)
     routing_map = torch.rand(tokens, 4, generator=generator) < 0.5
     decision = RoutingDecision(routing_map.float(), routing_map, routing_map.sum(dim=1))
-    return Uncertainty(energy, entropy, energy, energy * 0), decision, torch.rand(tokens)
+    zscores = torch.randn(tokens, generator=generator)
+    finite = torch.isfinite(energy)
+    return Uncertainty(energy, entropy, energy, zscores, finite), decision, torch.rand(tokens)
 
 
 def test_equals_a_count_by_hand() -> None:
@@ -41,6 +43,9 @@ def test_equals_a_count_by_hand() -> None:
     assert record["energy_mean"] == pytest.approx(energy.mean().item())
     assert record["energy_std"] == pytest.approx(energy.std(unbiased=False).item())
     assert record["entropy_std"] == pytest.approx(entropy.std(unbiased=False).item())
+    z = torch.cat([p[0].zscore_T for p in flat]).double()
+    assert record["zscore_mean"] == pytest.approx(z.mean().item())
+    assert record["zscore_std"] == pytest.approx(z.std(unbiased=False).item())
     assert record["k_eff"] == pytest.approx(k.double().mean().item())
     assert record["k_histogram"] == pytest.approx(
         [(k == i).double().mean().item() for i in range(7)]
@@ -65,6 +70,7 @@ def test_nonfinite_tokens_are_counted_apart() -> None:
     metrics = LayerMetrics(4, 4, (1.0, -2.0), "cpu")
     uncertainty, decision, _ = batch(6, 0)
     uncertainty.energy_T[2] = math.nan
+    uncertainty.finite_T[2] = False
     valid = torch.tensor([True] * 5 + [False])
     metrics.add(uncertainty, decision.routing_map_TE, None, valid)
     metrics.end_step()

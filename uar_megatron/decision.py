@@ -19,12 +19,14 @@ class Uncertainty:
         measure_T: u, the one of the two that the configuration chose.
         zscore_T: ẑ = (u − ū)/σ_u, fp32; 0 before the first statistics and for tokens whose u is not
             finite.
+        finite_T: bool, whether energy and entropy are finite (both are, or neither is).
     """
 
     energy_T: torch.Tensor
     entropy_T: torch.Tensor
     measure_T: torch.Tensor
     zscore_T: torch.Tensor
+    finite_T: torch.Tensor
 
 
 @dataclass(frozen=True)

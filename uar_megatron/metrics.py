@@ -14,23 +14,13 @@ from uar_megatron.config import StatesConfig
 from uar_megatron.decision import Uncertainty
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
-_SCALARS = (
-    "tokens",
-    "energy",
-    "energy_squared",
-    "entropy",
-    "entropy_squared",
-    "k",
-    "omega",
-    "consensus",
-    "ambiguity",
-    "stubborn",
-    "vacuum",
-    "nonfinite",
-    "rows",
-    *(f"{part}_{loss}" for loss in LOSSES for part in ("sum", "terms")),
-)
-_INDEX = {name: i for i, name in enumerate(_SCALARS)}
+# Per token; the sums of their products are kept, of which these are some: Σ counted·energy = ΣF,
+# Σ energy·energy = ΣF², Σ high_entropy·high_energy = tokens in the vacuum.
+_ROWS = ("counted", "energy", "entropy", "zscore", "omega", "high_entropy", "high_energy")
+_ROW = {name: i for i, name in enumerate(_ROWS)}
+_SCALARS = ("valid", "rows", *(f"{part}_{loss}" for loss in LOSSES for part in ("sum", "terms")))
+_INDEX = {name: len(_ROWS) ** 2 + i for i, name in enumerate(_SCALARS)}
+_SUMS = len(_ROWS) ** 2 + len(_SCALARS)
 
 
 def state_thresholds(
@@ -66,14 +56,14 @@ class LayerMetrics:
         self.num_experts = num_experts
         self.max_k = max_k
         self.thresholds = thresholds
-        self._sums = torch.zeros(len(_SCALARS) + max_k + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(_SUMS + max_k + 1, dtype=torch.float64, device=device)
         self._step_slots_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
         self._slots_of_steps: list[torch.Tensor] = []
 
     @staticmethod
     def width(num_experts: int, max_k: int, steps: int) -> int:
         """Length of :meth:`flat` for an interval of ``steps`` optimizer steps."""
-        return len(_SCALARS) + max_k + 1 + steps * num_experts
+        return _SUMS + max_k + 1 + steps * num_experts
 
     @torch.no_grad()
     def add(
@@ -91,49 +81,30 @@ class LayerMetrics:
             omega_T: ω, or None for 1.
             valid_T: False for padding, or None.
         """
-        energy_T, entropy_T = uncertainty.energy_T.double(), uncertainty.entropy_T.double()
-        finite_T = torch.isfinite(energy_T) & torch.isfinite(entropy_T)
+        finite_T = uncertainty.finite_T
         counted_T = finite_T if valid_T is None else finite_T & valid_T
-        nonfinite_T = ~finite_T if valid_T is None else ~finite_T & valid_T
-        weight_T = counted_T.double()
-        energy_T = torch.where(counted_T, energy_T, 0.0)
-        entropy_T = torch.where(counted_T, entropy_T, 0.0)
-        high_entropy_T = (entropy_T > self.thresholds[0]).double() * weight_T
-        high_energy_T = (energy_T > self.thresholds[1]).double() * weight_T
-        vacuum = (high_entropy_T * high_energy_T).sum()
-        count, high_h, high_f = weight_T.sum(), high_entropy_T.sum(), high_energy_T.sum()
-        counted_TE = dispatched_TE & counted_T.unsqueeze(-1)
-        slots_E = counted_TE.sum(dim=0).double()
-        k_T = counted_TE.sum(dim=-1)
-        omega = weight_T.sum() if omega_T is None else (omega_T.double() * weight_T).sum()
-        histogram = torch.zeros(self.max_k + 1, dtype=torch.float64, device=weight_T.device)
-        histogram.scatter_add_(0, k_T.clamp_max(self.max_k), weight_T)
-        later = torch.zeros(
-            len(_SCALARS) - _INDEX["rows"], dtype=torch.float64, device=weight_T.device
-        )
-        self._sums += torch.cat(
+        weight_T = counted_T.float()
+        energy_T, entropy_T = uncertainty.energy_T, uncertainty.entropy_T
+        rows_RT = torch.stack(
             (
-                torch.stack(
-                    (
-                        count,
-                        energy_T.sum(),
-                        energy_T.square().sum(),
-                        entropy_T.sum(),
-                        entropy_T.square().sum(),
-                        slots_E.sum(),
-                        omega,
-                        count - high_h - high_f + vacuum,
-                        high_h - vacuum,
-                        high_f - vacuum,
-                        vacuum,
-                        nonfinite_T.sum().double(),
-                    )
-                ),
-                later,
-                histogram,
+                weight_T,
+                energy_T,
+                entropy_T,
+                uncertainty.zscore_T,
+                weight_T if omega_T is None else omega_T,
+                (entropy_T > self.thresholds[0]).float(),
+                (energy_T > self.thresholds[1]).float(),
             )
-        )
-        self._step_slots_E += slots_E
+        ).double()
+        rows_RT = rows_RT.masked_fill(~counted_T, 0.0)
+        counted_TE = dispatched_TE & counted_T.unsqueeze(-1)
+        self._step_slots_E += counted_TE.sum(dim=0)
+        k_T = counted_TE.sum(dim=-1).clamp_max(self.max_k)
+        products = len(_ROWS) ** 2
+        self._sums[:products] += (rows_RT @ rows_RT.T).flatten()
+        self._sums[_SUMS:].scatter_add_(0, k_T, rows_RT[0])
+        valid = finite_T.numel() if valid_T is None else valid_T.sum()
+        self._sums[_INDEX["valid"]] += valid
 
     @torch.no_grad()
     def add_loss(self, name: str, loss: torch.Tensor, share: float) -> None:
@@ -168,6 +139,7 @@ class LayerMetrics:
     def clear(self) -> None:
         """Start a new logging interval."""
         self._sums.zero_()
+        self._step_slots_E.zero_()
         self._slots_of_steps = []
 
 
@@ -184,29 +156,42 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         Means per token, load fractions, the mean over steps of MaxVio (max_e load_e / mean load
         − 1) and rows per step, under the names of ``reporting.schema.LayerMetrics``.
     """
+    products = total[: len(_ROWS) ** 2].view(len(_ROWS), len(_ROWS)).tolist()
     sums = {name: float(total[i]) for name, i in _INDEX.items()}
-    histogram = total[len(_SCALARS) : len(_SCALARS) + max_k + 1]
-    slots_SE = total[len(_SCALARS) + max_k + 1 :].reshape(steps, num_experts)
-    tokens = max(sums["tokens"], 1.0)
+
+    def product(first: str, second: str) -> float:
+        return float(products[_ROW[first]][_ROW[second]])
+
+    counted = product("counted", "counted")
+    tokens = max(counted, 1.0)
+    high_h, high_f = product("counted", "high_entropy"), product("counted", "high_energy")
+    vacuum = product("high_entropy", "high_energy")
+    states = (counted - high_h - high_f + vacuum, high_h - vacuum, high_f - vacuum, vacuum)
+    histogram = total[_SUMS : _SUMS + max_k + 1]
+    slots_SE = total[_SUMS + max_k + 1 :].reshape(steps, num_experts)
     mean_load_S = slots_SE.mean(dim=1).clamp_min(1e-12)
     violations_S = slots_SE.amax(dim=1) / mean_load_S - 1.0
     busy_S = slots_SE.sum(dim=1) > 0
     slots_E = slots_SE.sum(dim=0)
 
+    def mean(name: str) -> float:
+        return product("counted", name) / tokens
+
     def spread(name: str) -> float:
-        mean = sums[name] / tokens
-        return math.sqrt(max(sums[f"{name}_squared"] / tokens - mean * mean, 0.0))
+        return math.sqrt(max(product(name, name) / tokens - mean(name) ** 2, 0.0))
 
     return {
-        "tokens": int(sums["tokens"]),
-        "energy_mean": sums["energy"] / tokens,
+        "tokens": int(counted),
+        "energy_mean": mean("energy"),
         "energy_std": spread("energy"),
-        "entropy_mean": sums["entropy"] / tokens,
+        "entropy_mean": mean("entropy"),
         "entropy_std": spread("entropy"),
-        "k_eff": sums["k"] / tokens,
+        "zscore_mean": mean("zscore"),
+        "zscore_std": spread("zscore"),
+        "k_eff": float(slots_E.sum()) / tokens,
         "k_histogram": (histogram / tokens).tolist(),
-        "states": [sums[s] / tokens for s in ("consensus", "ambiguity", "stubborn", "vacuum")],
-        "omega_mean": sums["omega"] / tokens,
+        "states": [state / tokens for state in states],
+        "omega_mean": mean("omega"),
         "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
         "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else 0.0,
         "balancing_loss": {
@@ -215,5 +200,5 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
             if sums[f"terms_{loss}"] > 0
         },
         "rows": sums["rows"] / steps,
-        "nonfinite": int(sums["nonfinite"]),
+        "nonfinite": int(sums["valid"] - counted),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -91,25 +92,27 @@ class UncertaintyStatistics(FixedPrecisionModule):
         with torch.no_grad():
             energy_T, entropy_T = energy_and_entropy(logits_TE, self.temperature)
             u_T = energy_T if self.measure_name == "energy" else entropy_T
+            finite_T = energy_T.abs() < math.inf
             if self.of_batch and self.training:
-                mean, var = self._batch_values(u_T, valid_T, is_recomputed_or_only_pass)
-                known = var >= 0
+                mean, var = self._batch_values(u_T, finite_T, valid_T, is_recomputed_or_only_pass)
             else:
-                # No statistics yet: every token is average.
-                mean, var, known = self.mean, self.var, self.num_updates > 0
-            sigma = var.sqrt()
-            # No spread: every token is average.
-            inverse = torch.where(known & (sigma > SIGMA_FLOOR), 1.0 / sigma, 0.0)
-            zscore_T = ((u_T - mean) * inverse).float()
-            zscore_T = torch.where(torch.isfinite(u_T), zscore_T, torch.zeros_like(zscore_T))
-            return Uncertainty(energy_T.float(), entropy_T.float(), u_T.float(), zscore_T)
+                mean, var = self.mean, self.var
+            # No spread, or no statistics yet (var is 0 then): every token is average.
+            inverse = (var > SIGMA_FLOOR**2) * var.clamp_min(SIGMA_FLOOR**2).rsqrt()
+            zscore_T = ((u_T - mean) * inverse).float().masked_fill(~finite_T, 0.0)
+            energy_T, entropy_T, u_T = energy_T.float(), entropy_T.float(), u_T.float()
+            return Uncertainty(energy_T, entropy_T, u_T, zscore_T, finite_T)
 
     def _batch_values(
-        self, u_T: torch.Tensor, valid_T: torch.Tensor | None, with_gradients: bool
+        self,
+        u_T: torch.Tensor,
+        finite_T: torch.Tensor,
+        valid_T: torch.Tensor | None,
+        with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if with_gradients and self._first_passes:
             return self._first_passes.popleft()
-        total = self._sums(u_T, valid_T)
+        total = self._sums(u_T, finite_T, valid_T)
         if self.reduce is not None:
             self.reduce(total)
         values = _mean_shift_and_variance(total)
@@ -117,26 +120,22 @@ class UncertaintyStatistics(FixedPrecisionModule):
             self._first_passes.append((self.mean + values[0], values[1]))
         return self.mean + values[0], values[1]
 
-    def _sums(self, u_T: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:
+    def _sums(
+        self, u_T: torch.Tensor, finite_T: torch.Tensor, valid_T: torch.Tensor | None
+    ) -> torch.Tensor:
         """Sums over a micro-batch's tokens, float64 ``[PENDING_SIZE]``."""
-        u_T = u_T.double()
-        finite_T = torch.isfinite(u_T)
         counted_T = finite_T if valid_T is None else finite_T & valid_T
-        ignored_T = ~finite_T if valid_T is None else ~finite_T & valid_T
-        deviation_T = torch.where(counted_T, u_T - self.mean, torch.zeros_like(u_T))
-        return torch.stack(
-            (
-                deviation_T.sum(),
-                deviation_T.square().sum(),
-                counted_T.sum().double(),
-                ignored_T.sum().double(),
-            )
-        )
+        deviation_T = (u_T - self.mean).masked_fill(~counted_T, 0.0)
+        # Every sum wanted is a product of two of these rows: one launch for all.
+        rows_2T = torch.stack((deviation_T, counted_T.to(deviation_T))).double()
+        (squares, shift), (_, count) = rows_2T @ rows_2T.T
+        valid = finite_T.numel() if valid_T is None else valid_T.sum()
+        return torch.stack((shift, squares, count, valid - count))
 
     @torch.no_grad()
     def accumulate(self, uncertainty: Uncertainty, valid_T: torch.Tensor | None = None) -> None:
         """Add this micro-batch's deviations; padding (``valid_T`` False) is left out."""
-        self._pending += self._sums(uncertainty.measure_T, valid_T)
+        self._pending += self._sums(uncertainty.measure_T, uncertainty.finite_T, valid_T)
 
     def pending(self) -> torch.Tensor:
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""

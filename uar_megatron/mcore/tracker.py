@@ -119,13 +119,13 @@ class RoutingTracker:
             {"layer": index + 1, **describe(row[:width], self.num_experts, self.max_k, steps)}
             | _shared_record(row[width:])
             for index, row in enumerate(table.cpu())
-            if row[0] > 0  # tokens: dense layers have none
+            if row[:width].any()  # dense layers have no sums
         ]
 
 
 # Values that every rank of a layer has alike. They are summed with the rest, so each comes with the
 # number of ranks that wrote it.
-_SHARED = ("bias_mean", "bias_max_abs", "bias_ranks", "theta", "theta_ranks")
+_SHARED = ("bias_mean", "bias_max_abs", "bias_ranks", "theta", "theta_ranks", "beta", "beta_ranks")
 
 
 def _shared_values(router: UARRouter) -> list[torch.Tensor | float]:
@@ -134,16 +134,19 @@ def _shared_values(router: UARRouter) -> list[torch.Tensor | float]:
         bias_E = router.uar_bias.value.double()
         values[:3] = [bias_E.mean(), bias_E.abs().max(), 1.0]
     if router.applied_theta is not None:
-        values[3:] = [router.applied_theta, 1.0]
+        values[3:5] = [router.applied_theta, 1.0]
+    if router.uar_policy is not None and router.uar_policy.beta is not None:
+        values[5:] = [router.uar_policy.beta, 1.0]
     return values
 
 
 def _shared_record(sums: torch.Tensor) -> dict[str, float | None]:
-    bias_mean, bias_max_abs, bias_ranks, theta, theta_ranks = sums.tolist()
+    bias_mean, bias_max_abs, bias_ranks, theta, theta_ranks, beta, beta_ranks = sums.tolist()
     return {
         "bias_mean": bias_mean / bias_ranks if bias_ranks else None,
         "bias_max_abs": bias_max_abs / bias_ranks if bias_ranks else None,
         "theta": theta / theta_ranks if theta_ranks else None,
+        "beta": beta / beta_ranks if beta_ranks else None,
     }
 
 

@@ -58,7 +58,13 @@ class RouterSettings:
 
 
 class PolicyState(Protocol):
-    """A module with a policy's state: summed in the forward, moved once per step on all ranks."""
+    """A module with a policy's state: summed in the forward, moved once per step on all ranks.
+
+    Attributes:
+        beta: the steered β, a scalar, or None where nothing is steered.
+    """
+
+    beta: torch.Tensor | None
 
     def accumulate(self, k_T: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Add a micro-batch's decision; padding (``valid_T`` False) is left out."""

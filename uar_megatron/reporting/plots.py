@@ -97,6 +97,13 @@ def _k_eff(axes: Axes, run: Run) -> None:
     _layer_legend(axes)
 
 
+def _lag(axes: Axes, run: Run) -> None:
+    _per_layer(axes, run, "zscore_mean")
+    axes.axhline(0, color="gray", linestyle=":")
+    _finish(axes, run, "Lag of the statistics", "mean ẑ (σ above the ū in use)")
+    _layer_legend(axes)
+
+
 def _energy(axes: Axes, run: Run) -> None:
     _per_layer(axes, run, "energy_mean", spread="energy_std")
     _finish(axes, run, "Free energy (mean ± std)", "F (units of the logits)")
@@ -195,7 +202,7 @@ _Panel = Callable[["Axes", Run], None]
 _FIGURES: dict[str, tuple[tuple[_Panel, ...], int]] = {
     "overview": ((_loss, _k_eff, _energy, _entropy, _states, _load), 3),
     "loss": ((_loss,), 1),
-    "k_eff": ((_k_eff,), 1),
+    "k_eff": ((_k_eff, _lag), 2),
     "thermodynamics": ((_energy, _entropy), 2),
     "load": ((_load, _max_vio), 2),
 }

@@ -38,6 +38,10 @@ class LayerMetrics(BaseModel):
     entropy_mean: float
     entropy_std: float
     """Router entropy H (Eq. 3), nats."""
+    zscore_mean: float
+    zscore_std: float
+    """ẑ. Its mean is the lag of the statistics: how far, in σ_u, the tokens lie above the ū they
+    were normalised with; under a steady router it is 0 and the std 1."""
     k_eff: float
     """Experts per token, counted from dispatched slots."""
     k_histogram: list[float]
@@ -57,6 +61,8 @@ class LayerMetrics(BaseModel):
     bias_mean: float | None
     bias_max_abs: float | None
     """The selection bias; None without one."""
+    beta: float | None
+    """β as steered by the budget mode ``mean``; None in the others."""
     rows: float
     """Rows computed by experts, all ranks, per optimizer step."""
     nonfinite: int
