@@ -113,6 +113,11 @@ class ExpertBudget(FixedPrecisionModule):
             return 0.0
         return min(since / self.expansion.ramp_steps, 1.0) if self.expansion.ramp_steps else 1.0
 
+    def exact_total(self, tokens: int, step: int) -> int:
+        """Σk of a micro-batch in mode ``exact``, known on the host."""
+        mean_k = self.topk + self.progress(step) * (self.budget.target_mean_k - self.topk)
+        return round(tokens * mean_k)
+
     def experts_of(self, zscore_T: torch.Tensor, step: int) -> torch.Tensor:
         """Return k of each token, int64.
 
@@ -124,8 +129,7 @@ class ExpertBudget(FixedPrecisionModule):
         bounds = (budget.k_min, budget.k_max)
         alpha = progress * budget.alpha
         if budget.mode == "exact":
-            mean_k = self.topk + progress * (budget.target_mean_k - self.topk)
-            return exact_budget(zscore_T, alpha, bounds, round(len(zscore_T) * mean_k))
+            return exact_budget(zscore_T, alpha, bounds, self.exact_total(len(zscore_T), step))
         start = self.topk + _MIDDLE[budget.rounding]
         beta = budget.beta if self.beta is None else self.beta
         beta = start + progress * (beta - start) if progress < 1.0 else beta

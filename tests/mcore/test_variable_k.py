@@ -549,3 +549,25 @@ def test_depth_schedule_reaches_the_layers() -> None:
             layer = spec.submodules.mlp(config=config, layer_number=number)
             betas.append(layer.router.policy.budget.budget.beta)
     assert betas == [1.5, 2.5, 3.5]
+
+
+def test_exact_waits_for_the_device_as_often_as_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where Megatron's dispatcher waits for its copies to the host."""
+    waits = []
+    monkeypatch.setattr(
+        torch.cuda.current_stream().__class__, "synchronize", lambda self: waits.append(1)
+    )
+    counted = {}
+    inputs = hidden_states(40, seed=4)
+    stock = stock_layer(transformer_config())
+    for mode in ("stock", "exact", "free"):
+        budget = {**AE["budget"], "mode": mode, "target_mean_k": 2.5}
+        layer = stock if mode == "stock" else layer_with_statistics({**AE, "budget": budget})
+        waits.clear()
+        layer(inputs)
+        layer(inputs)
+        counted[mode] = len(waits)
+        if mode == "exact":
+            assert layer.token_dispatcher.num_out_tokens == 100
+    assert counted["exact"] == counted["stock"]
+    assert counted["free"] > counted["stock"]

@@ -10,7 +10,10 @@ import torch
 
 from uar_megatron.mcore.compat import MoELayer, MoESubmodules, get_default_pg_collection
 from uar_megatron.mcore.router import UARRouter
-from uar_megatron.mcore.token_dispatcher import VARIABLE_K_DISPATCHERS
+from uar_megatron.mcore.token_dispatcher import (
+    VARIABLE_K_DISPATCHERS,
+    UARAlltoAllTokenDispatcher,
+)
 
 
 class UARMoELayer(MoELayer):
@@ -45,9 +48,14 @@ class UARMoELayer(MoELayer):
                 config=config,
                 pg_collection=pg_collection,
             )
+            if isinstance(self.token_dispatcher, UARAlltoAllTokenDispatcher):
+                self.token_dispatcher.total_slots = self._total_slots
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
         self.experts.register_forward_pre_hook(self._count_rows)
+
+    def _total_slots(self, tokens: int) -> int | None:
+        return self.router.policy.total_slots(tokens, self.router.step)
 
     def _count_rows(self, experts: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Count what the experts really get, whatever the dispatcher says it sent."""

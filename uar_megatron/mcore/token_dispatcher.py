@@ -7,21 +7,37 @@ off or invent them. Stock all-gather counts from the map already (:289).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from uar_megatron.mcore.compat import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
 
 class UARAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """All-to-all that moves exactly the rows the routing map names."""
+    """All-to-all that moves exactly the rows the routing map names.
+
+    Attributes:
+        total_slots: Σk for a number of tokens where it is known on the host, else None.
+    """
+
+    total_slots: Callable[[int], int | None] = staticmethod(lambda tokens: None)
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """As in Megatron, with the number of rows counted from ``routing_map``.
+        """As in Megatron, with the number of rows that ``routing_map`` has.
 
-        Counting needs the device-to-host copy one point earlier, as Megatron's token dropping does.
+        Where it must be counted, the device-to-host copy is needed one point earlier, as in
+        Megatron's token dropping; where it is known, Megatron's own points stay.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
-        if not self.drop_and_pad:
+        is_as_routed = (
+            self.config.moe_expert_capacity_factor is None
+            and not self.config.moe_router_padding_for_quantization
+        )
+        total = self.total_slots(routing_map.shape[0]) if is_as_routed else None
+        if total is not None:
+            self.num_out_tokens = total
+        elif not self.drop_and_pad:
             # input_splits is set exactly where there is someone to exchange rows with.
             exchanged = self.ep_size > 1 or self.tp_size > 1
             self.num_out_tokens = (

@@ -103,6 +103,10 @@ class RoutingPolicy(Protocol):
         """Whether at this step the decision is the one Megatron would take."""
         ...
 
+    def total_slots(self, tokens: int, step: int) -> int | None:
+        """Σk over ``tokens`` tokens where it is known without looking at them, else None."""
+        ...
+
     def route(
         self,
         logits_TE: torch.Tensor,

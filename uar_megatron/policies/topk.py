@@ -22,6 +22,10 @@ class TopKPolicy:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         return self.settings.has_stock_weights
 
+    def total_slots(self, tokens: int, step: int) -> int | None:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        return tokens * self.max_k
+
     def route(
         self,
         logits_TE: torch.Tensor,

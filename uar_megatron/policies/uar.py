@@ -32,6 +32,14 @@ class UARPolicy:
         is_topk = self.fixed_k == self.settings.topk or self._is_waiting(step)
         return is_topk and self.settings.has_stock_weights
 
+    def total_slots(self, tokens: int, step: int) -> int | None:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        k = self.settings.topk if self._is_waiting(step) else self.fixed_k
+        if k is not None:
+            return tokens * k
+        is_exact = self.settings.budget.mode == "exact"
+        return self.budget.exact_total(tokens, step) if is_exact else None
+
     def route(
         self,
         logits_TE: torch.Tensor,
