@@ -66,7 +66,8 @@ class Counter(TorchDispatchMode):
 
     Launches are operations that write memory (views and bare allocations are none). Host
     synchronisations are reads of a value (``item``, ``tolist``, ``cpu``, data-dependent shapes) and
-    waits for a stream: what would stall a GPU.
+    waits for a stream: what would stall a GPU. On a CPU a value that Megatron has copied to the
+    host before counts again where it is read.
     """
 
     _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
