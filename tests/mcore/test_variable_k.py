@@ -570,5 +570,5 @@ def test_no_mode_waits_for_the_device_more_often_than_stock(
         counted[mode], points[mode] = len(waits), layer.token_dispatcher.cuda_sync_point
         if mode == "exact":
             assert layer.token_dispatcher.num_out_tokens == 100
-    assert counted["free"] == counted["exact"] == counted["stock"]
+    assert counted["free"] == counted["exact"] == counted["stock"] > 0
     assert points["exact"] == points["stock"] != points["free"]

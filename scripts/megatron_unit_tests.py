@@ -1,0 +1,172 @@
+"""Run Megatron-LM's own MoE unit tests twice, with the stock classes and with ours in their place.
+
+Ours are switched off (α = 0, β = K), so what passes with Megatron's classes must pass with ours.
+The tests are not part of the megatron-core wheel: check out Megatron-LM at the tag of the installed
+version first. Without a GPU the CPU layer stands in, and tests that need a GPU fail on both sides.
+
+    git clone --branch core_v0.19.0 --depth 1 https://github.com/NVIDIA/Megatron-LM
+    python scripts/megatron_unit_tests.py Megatron-LM --ranks 1 --ranks 2
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+import typer
+
+from uar_megatron.data.cli import run_command
+from uar_megatron.errors import UARError
+
+SUITES = (
+    "test_routers.py",
+    "test_aux_loss.py",
+    "test_moe_layer.py",
+    "test_token_dispatcher.py",
+    "test_a2a_token_dispatcher.py",
+    "test_shared_experts.py",
+    "test_qb_routing.py",
+    "test_router_replay.py",
+)
+PLUGIN = "UAR_MEGATRON_TESTS"  # which classes a child runs, told by the parent
+
+
+def install(classes: str) -> None:
+    """Put our classes where Megatron's tests and layer specs look for theirs."""
+    from uar_megatron.mcore import cpu
+
+    if not torch.cuda.is_available():
+        cpu.enable()
+        # The tests ask for NCCL by name.
+        start = torch.distributed.init_process_group
+        torch.distributed.init_process_group = lambda *args, **kwargs: start(
+            *args, **{**kwargs, "backend": "gloo"}
+        )
+    if classes != "ours":
+        return
+    from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
+    from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
+
+    from uar_megatron.config import UARConfig
+    from uar_megatron.mcore.moe_layer import UARMoELayer
+    from uar_megatron.mcore.router import UARRouter
+    from uar_megatron.mcore.token_dispatcher import UARAlltoAllTokenDispatcher
+
+    class Router(UARRouter):
+        """Ours, off, with the arguments of Megatron's."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            k = config.moe_router_topk
+            budget = {"alpha": 0.0, "beta": float(k), "k_min": 0, "k_max": max(k, 1)}
+            uar = UARConfig.model_validate({"policy": "uar", "budget": budget})
+            super().__init__(config, *args, uar=uar, **kwargs)
+
+    class Layer(UARMoELayer):
+        """Ours, for specs that name no router or Megatron's."""
+
+        def __init__(self, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+            if submodules is not None and submodules.router is stock_router:
+                submodules.router = Router
+            super().__init__(config, submodules, *args, **kwargs)
+
+    stock_router = router.TopKRouter
+    _replaced[stock_router] = Router
+    _replaced[moe_layer.MoELayer] = Layer
+    _replaced[token_dispatcher.MoEAlltoAllTokenDispatcher] = UARAlltoAllTokenDispatcher
+    for module in (gpt_layer_specs, moe_module_specs):
+        _replace_in(module)
+    # Megatron's own module calls its layer by name; only the dispatcher is exchanged there.
+    moe_layer.MoEAlltoAllTokenDispatcher = UARAlltoAllTokenDispatcher
+
+
+_replaced: dict[type, type] = {}
+
+
+def _replace_in(module: Any) -> None:
+    for name, value in vars(module).copy().items():
+        if isinstance(value, type) and value in _replaced:
+            setattr(module, name, _replaced[value])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """As a plugin: tests that want CUDA are collected; the CPU layer may do for them."""
+    available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    try:
+        return (yield)
+    finally:
+        torch.cuda.is_available = available
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """As a plugin: the tests' own imports become ours too."""
+    for module in {item.module for item in items}:
+        _replace_in(module)
+
+
+def main(
+    megatron_lm: Annotated[Path, typer.Argument(help="checkout of Megatron-LM")],
+    ranks: Annotated[list[int] | None, typer.Option(help="gloo ranks; several times")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="test files; several times")] = None,
+    timeout: Annotated[int, typer.Option(help="seconds per file")] = 600,
+) -> None:
+    """Compare the outcome of every test; exit code 1 if one passes with stock and not with ours."""
+    folder = megatron_lm / "tests" / "unit_tests" / "transformer" / "moe"
+    if not folder.is_dir():
+        raise UARError(f"{folder}: no such folder; give a checkout of Megatron-LM")
+    worse = []
+    for count in ranks or [1]:
+        for name in suite or SUITES:
+            stock = outcomes(megatron_lm, folder / name, count, "stock", timeout)
+            ours = outcomes(megatron_lm, folder / name, count, "ours", timeout)
+            passed = {test for test, outcome in stock.items() if outcome == "passed"}
+            lost = sorted(test for test in passed if ours.get(test) != "passed")
+            worse += lost
+            print(
+                f"{name}, {count} ranks: {len(stock)} tests, {len(passed)} pass with Megatron's "
+                f"classes, {len(passed) - len(lost)} of these with ours",
+                flush=True,
+            )
+            for test in lost:
+                print(f"  {test}: {ours.get(test, 'did not run')}", flush=True)
+    raise SystemExit(1 if worse else 0)
+
+
+def outcomes(root: Path, file: Path, ranks: int, classes: str, timeout: int) -> dict[str, str]:
+    """Run one file under torchrun; return the outcome of each test on rank 0."""
+    report = Path(f".megatron_unit_tests.{os.getpid()}.xml").absolute()
+    runner = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    plugin = ("-p", Path(__file__).stem, "-p", "no:cacheprovider", "-q")
+    command = [*runner, "--nproc_per_node", str(ranks), "-m", "pytest", *plugin]
+    command += [f"--junitxml={report}", "-o", "addopts=", "-W", "ignore", str(file.absolute())]
+    search = os.pathsep.join((str(Path(__file__).parent), str(root.absolute())))
+    environment = os.environ | {PLUGIN: classes, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    try:
+        subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, timeout=timeout, check=False
+        )
+        tree = ElementTree.parse(report)
+    except (subprocess.TimeoutExpired, OSError):
+        return {}
+    finally:
+        report.unlink(missing_ok=True)
+    found = {}
+    for case in tree.iter("testcase"):
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        found[f"{case.get('classname')}::{case.get('name')}"] = next(iter(kinds), "passed")
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main)
+elif PLUGIN in os.environ:
+    # Imported by pytest as a plugin, before Megatron's own conftest.
+    install(os.environ[PLUGIN])
