@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from uar_megatron.data.cli import prepare
 from uar_megatron.errors import UARError
@@ -82,6 +86,32 @@ def report(
     print(write_summary(run, run_dir, manifest))
     for path in write_figures(run, run_dir / "figures"):
         print(path)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="experiment YAML file to check")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted overrides for the experiment")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Say whether training can start here and what is missing; exit code 1 if it cannot start."""
+    from uar_megatron.doctor import can_train, examine, report
+
+    checks = examine(config, overrides or [])
+    if as_json:
+        print(json.dumps(report(checks), indent=1))
+    else:
+        table = Table("", "check", "found", "remedy")
+        marks = {"ok": "[green]✓", "off": "[yellow]–", "error": "[red]✗"}
+        for check in checks:
+            table.add_row(
+                marks[check.status], escape(check.name), escape(check.detail), escape(check.remedy)
+            )
+        Console().print(table)
+    if not can_train(checks):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def describe(experiment: Experiment) -> str:
     """Return what ``--dry-run`` prints: the resolved YAML and the Megatron argument list."""
     world_size = experiment.launch.nnodes * experiment.launch.nproc_per_node
-    validate(experiment, world_size)
+    # What Megatron prints while it validates is not part of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        validate(experiment, world_size)
     from uar_megatron.mcore.arguments import to_argv
 
     arguments = "\n".join(
