@@ -29,7 +29,6 @@ SETTINGS = {
     "moving, momentum 0.99": ("uar.statistics.momentum=0.99",),
     "batch": ("uar.statistics.mode=batch",),
 }
-SETTLED = 0.1  # |mean ẑ| of a layer, in σ
 
 
 def main(
@@ -75,14 +74,14 @@ def row(name: str, run: Run) -> dict[str, object]:
     """The figures of one setting."""
     lag = [max(abs(m.zscore_mean) for m in step.layers) for step in run.steps]
     k = [m.k_eff for step in run.steps for m in step.layers]
-    unsettled = [step.step for step, value in zip(run.steps, lag, strict=True) if value > SETTLED]
+    third = len(lag) // 3
     return {
         "statistics": name,
-        "largest |mean ẑ|": round(max(lag[2:]), 2),
-        f"last step with |mean ẑ| > {SETTLED}": max(unsettled, default=0),
-        "k_eff of a layer, lowest": round(min(k), 2),
+        "worst layer's |mean ẑ|: largest": round(max(lag), 2),
+        "mean of first third": round(sum(lag[:third]) / third, 2),
+        "mean of last third": round(sum(lag[-third:]) / third, 2),
+        "a layer's k_eff: lowest": round(min(k), 2),
         "highest": round(max(k), 2),
-        "final loss": round(float(run.steps[-1].loss or 0.0), 3),
     }
 
 

@@ -95,6 +95,13 @@ def _replace_in(module: Any) -> None:
             setattr(module, name, _replaced[value])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin: one rank writes the report."""
+    if os.environ.get("RANK", "0") != "0":
+        config.option.xmlpath = None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[Any]:
     """As a plugin: tests that want CUDA are collected; the CPU layer may do for them."""

@@ -9,7 +9,21 @@ from jobs import train, train_stock
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = {1: [], 2: ["expert_model_parallel_size=2"]}
+LAYOUTS = {
+    1: [],
+    # Everything of Megatron's that has a say in routing, at once.
+    2: [
+        "expert_model_parallel_size=2",
+        "moe_router_load_balancing_type=[aux_loss,seq_aux_loss,global_aux_loss]",
+        "moe_aux_loss_coeff=[0.01,0.02,0.03]",
+        "moe_router_score_function=sigmoid",
+        "moe_router_enable_expert_bias=true",
+        "moe_router_num_groups=4",
+        "moe_router_group_topk=2",
+        "moe_z_loss_coeff=0.001",
+        "moe_expert_capacity_factor=1.5",
+    ],
+}
 OFF = {
     "topk": ["uar.policy=topk"],
     "uar": ["uar.policy=uar", "uar.budget.alpha=0.0", "uar.budget.beta=2.0"],

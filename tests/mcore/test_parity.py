@@ -16,6 +16,7 @@ from moe_cases import (
     uar_layer,
 )
 
+from uar_megatron.mcore.moe_layer import UARMoELayer
 from uar_megatron.mcore.step import commit
 
 pytestmark = pytest.mark.usefixtures("model_parallel")
@@ -130,6 +131,34 @@ def test_evaluation_equals_stock() -> None:
     ours = uar_layer(config, OFF["free"], like=stock).eval()
     inputs = hidden_states(37)
     assert_bit_equal(run(ours, inputs), run(stock, inputs))
+
+
+def losses_of(layer: Any, steps: int) -> list[float]:
+    """Train a layer alone; the loss of each step, balancing losses in the gradient."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    losses = []
+    for step in range(steps):
+        inputs = hidden_states(36, seed=step, batch=2)
+        loss = (layer(inputs)[0] - inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if isinstance(layer, UARMoELayer):
+            commit([layer.router])
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("off", ["topk", "free", "exact"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scores", SCORES)
+def test_twenty_steps(off: str, scores: str, loss: str) -> None:
+    config = transformer_config(**SCORES[scores], **LOSSES[loss])
+    stock = stock_layer(config)
+    ours = uar_layer(config, OFF[off], like=stock)
+    expected = losses_of(stock, 20)
+    assert losses_of(ours, 20) == expected
+    assert expected[-1] != expected[0]
 
 
 def test_what_waits_does_begin() -> None:

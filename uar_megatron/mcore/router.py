@@ -121,7 +121,11 @@ class UARRouter(TopKRouter):
         omega_T = None if theta is None else epistemic_weight(uncertainty, theta, self.uar.clb)
         if self.policy.is_stock(self.step) and theta is None and self.uar_bias is None:
             probs_TE, routing_map_TE = super().routing(logits, padding_mask)
-            routed = RoutingDecision(probs_TE, routing_map_TE, routing_map_TE.sum(dim=-1))
+            routed_TE = routing_map_TE
+            if self.config.moe_pad_expert_input_to_capacity:
+                # Slots that only fill up an expert's capacity have no weight.
+                routed_TE = routed_TE & (probs_TE != 0)
+            routed = RoutingDecision(probs_TE, routed_TE, routed_TE.sum(dim=-1))
         else:
             routed, probs_TE, routing_map_TE = self._uar_routing(
                 logits, padding_mask, valid_T, uncertainty, omega_T

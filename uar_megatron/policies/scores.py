@@ -85,7 +85,7 @@ def limit_to_groups(
     not depend on its k.
     """
     tokens, experts = selection_TE.shape
-    groups_TGE = selection_TE.view(tokens, num_groups, -1)
+    groups_TGE = selection_TE.view(tokens, num_groups, experts // num_groups)
     worth_TG = groups_TGE.topk(topk // group_topk, dim=-1).values.sum(dim=-1)
     best_TG = worth_TG.topk(group_topk, dim=-1, sorted=False).indices
     allowed_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(1, best_TG, True)
