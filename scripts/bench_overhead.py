@@ -180,7 +180,7 @@ class Variant:
                 args.num_layers,
                 args.num_experts,
                 LOG_INTERVAL,
-                args.global_batch_size * args.seq_length,
+                lambda: args.global_batch_size * args.seq_length,
                 self._emit,
             )
 

@@ -3,6 +3,7 @@
 Trains the demo model once per setting of ``uar.statistics`` and draws, per MoE layer, the mean ẑ
 (how far the tokens lie above the ū they are normalised with, in σ) above the active experts. Where
 ẑ is not 0, k follows the trend of the free energy, not its level. Needs ``make demo``'s corpus.
+Settings that are complete are not trained again; remove the output folder to start over.
 
     python scripts/lag_study.py --steps 150
 """
@@ -10,6 +11,7 @@ Trains the demo model once per setting of ``uar.statistics`` and draws, per MoE 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +55,9 @@ def main(
 def train(config: Path, run_dir: Path, steps: int, options: tuple[str, ...]) -> Run:
     """Train without load masks, so that nothing but the statistics differs; log every step."""
     log = run_dir / "run.jsonl"
-    if not (log.exists() and read_run(log).steps[-1].step == steps):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    if not is_complete(log, steps):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
         command = [sys.executable, "-m", "uar_megatron.cli", "train", str(config)]
         command += [
             "routing=uar_ae",
@@ -68,6 +71,13 @@ def train(config: Path, run_dir: Path, steps: int, options: tuple[str, ...]) -> 
             if subprocess.run(command, stdout=stream, stderr=stream, env=os.environ).returncode:
                 raise UARError(f"training failed; see {run_dir / 'train.log'}")
     return read_run(log)
+
+
+def is_complete(log: Path, steps: int) -> bool:
+    """Whether an earlier call has trained this setting to its end."""
+    return log.exists() and any(
+        e.reason == "finished" and e.step == steps for e in read_run(log).ends
+    )
 
 
 def row(name: str, run: Run) -> dict[str, object]:

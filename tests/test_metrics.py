@@ -23,8 +23,14 @@ def batch(tokens: int, seed: int) -> tuple[Uncertainty, RoutingDecision, torch.T
     return Uncertainty(energy, entropy, energy, zscores, finite), decision, torch.rand(tokens)
 
 
+def reader_of(max_k: int) -> LayerMetrics:
+    metrics = LayerMetrics(4, max_k, (1.0, -2.0), "cpu")
+    metrics.has_reader = True
+    return metrics
+
+
 def test_equals_a_count_by_hand() -> None:
-    metrics = LayerMetrics(4, 4, (1.0, -2.0), "cpu")
+    metrics = reader_of(4)
     steps = []
     for step in range(3):
         parts = [batch(n, 10 * step + n) for n in (0, 5, 7)]
@@ -67,7 +73,7 @@ def test_equals_a_count_by_hand() -> None:
 
 
 def test_nonfinite_tokens_are_counted_apart() -> None:
-    metrics = LayerMetrics(4, 4, (1.0, -2.0), "cpu")
+    metrics = reader_of(4)
     uncertainty, decision, _ = batch(6, 0)
     uncertainty.energy_T[2] = math.nan
     uncertainty.finite_T[2] = False
@@ -82,7 +88,7 @@ def test_nonfinite_tokens_are_counted_apart() -> None:
 
 
 def test_an_empty_interval_has_no_nan() -> None:
-    metrics = LayerMetrics(4, 2, (1.0, -2.0), "cpu")
+    metrics = reader_of(2)
     metrics.end_step()
     record = describe(metrics.flat(2), 4, 2, 1)
     assert record["tokens"] == 0
@@ -92,3 +98,26 @@ def test_an_empty_interval_has_no_nan() -> None:
 def test_default_thresholds() -> None:
     assert state_thresholds(StatesConfig(), 8, 2.0) == (0.5 * math.log(8), -2.0 * math.log(8))
     assert state_thresholds(StatesConfig(entropy=1.0, energy=-3.0), 8, 1.0) == (1.0, -3.0)
+
+
+def test_without_a_reader_nothing_is_kept() -> None:
+    metrics = LayerMetrics(4, 4, (1.0, -2.0), "cpu")
+    uncertainty, decision, _ = batch(6, 0)
+    for _ in range(3):
+        metrics.add(uncertainty, decision.routing_map_TE, None, None)
+        metrics.end_step()
+    assert len(metrics.flat(4)) == LayerMetrics.width(4, 4, 0)
+    assert torch.count_nonzero(metrics.flat(4)) == 0
+
+
+def test_a_step_that_is_repeated_counts_once() -> None:
+    metrics = reader_of(4)
+    uncertainty, decision, _ = batch(6, 0)
+    metrics.add(uncertainty, decision.routing_map_TE, None, None)
+    metrics.end_step()
+    expected = metrics.flat(4)
+    snapshot = metrics.snapshot()
+    metrics.add(uncertainty, decision.routing_map_TE, None, None)
+    metrics.end_step()
+    metrics.restore(snapshot)
+    assert torch.equal(metrics.flat(4), expected)

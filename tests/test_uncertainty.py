@@ -115,4 +115,17 @@ def test_state_survives_a_bf16_model() -> None:
     torch.nn.Sequential(stats).bfloat16().half().float()
     assert stats.mean.dtype == torch.float64
     assert float(stats.mean) == before
-    assert set(stats.state_dict()) == {"mean", "var", "num_updates"}
+    assert set(stats.state_dict()) == {"mean", "var", "num_updates", "measured"}
+
+
+@pytest.mark.parametrize("changed", [{"uncertainty": "entropy"}, {"temperature": 2.0}])
+def test_state_of_another_uncertainty_is_not_taken_over(changed: dict) -> None:
+    stats = statistics()
+    feed(stats, torch.randn(10, 8))
+    stats.commit(stats.pending().clone())
+    same, other = statistics(), statistics(**changed)
+    same.load_state_dict(stats.state_dict())
+    assert same.mean == stats.mean != 0
+    other.load_state_dict(stats.state_dict())
+    assert int(other.num_updates) == 0
+    assert other.mean == 0

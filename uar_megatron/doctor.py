@@ -125,7 +125,7 @@ def _triton() -> Check:
 def _transformer_engine() -> Check:
     try:
         import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # a library that does not fit raises OSError
         return Check(
             "Transformer Engine",
             "off",
@@ -139,7 +139,11 @@ def _apex() -> Check:
     remedy = "Megatron falls back to torch's optimizers; NVIDIA's containers have apex"
     if importlib.util.find_spec("apex") is None:
         return Check("NVIDIA apex", "off", "not installed", remedy)
-    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+    try:
+        is_nvidias = importlib.util.find_spec("apex.multi_tensor_apply") is not None
+    except Exception:  # it imports `apex`, and the other project's needs a web framework
+        is_nvidias = False
+    if not is_nvidias:
         return Check(
             "NVIDIA apex",
             "error",
@@ -170,7 +174,7 @@ def _writable(folder: Path) -> Check:
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            return Check("output folder", "ok", f"{folder.absolute()} can be written to")
+            return Check("output folder", "ok", f"{folder} can be written to")
     except OSError as error:
         return Check(
             "output folder",
@@ -191,13 +195,13 @@ def _space(folder: Path) -> Check:
 def _experiment(config: Path, overrides: Sequence[str], folder: Path) -> list[Check]:
     """The experiment as ``--dry-run`` checks it, and its output folder."""
     from uar_megatron.experiment import load_experiment
-    from uar_megatron.pretrain import validate
+    from uar_megatron.pretrain import output_folders, validate
 
     name = f"experiment {config}"
     try:
         experiment = load_experiment(config, overrides)
-        folder = Path(experiment.run.dir)
-        outputs = [_writable(folder), _space(folder)]
+        folders = {Path(f) for f in output_folders(experiment).values() if f is not None}
+        outputs = [check for f in sorted(folders) for check in (_writable(f), _space(f))]
     except UARError as error:
         return [_refused(name, error), _writable(folder), _space(folder)]
     try:
@@ -205,6 +209,8 @@ def _experiment(config: Path, overrides: Sequence[str], folder: Path) -> list[Ch
             validate(experiment, experiment.launch.nnodes * experiment.launch.nproc_per_node)
     except UARError as error:
         return [_refused(name, error), *outputs]
+    except ImportError as error:
+        return [Check(name, "error", f"cannot be checked: {error}", "install it"), *outputs]
     return [Check(name, "ok", "would start"), *outputs, *_features(experiment)]
 
 

@@ -56,7 +56,10 @@ class LayerMetrics:
         self.num_experts = num_experts
         self.max_k = max_k
         self.thresholds = thresholds
+        # Set by whoever reads the sums; without a reader they would grow for ever.
+        self.has_reader = False
         self._sums = torch.zeros(_SUMS + max_k + 1, dtype=torch.float64, device=device)
+        self._step_sums = torch.zeros_like(self._sums)
         self._step_slots_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
         self._slots_of_steps: list[torch.Tensor] = []
 
@@ -101,10 +104,10 @@ class LayerMetrics:
         self._step_slots_E += counted_TE.sum(dim=0)
         k_T = counted_TE.sum(dim=-1).clamp_max(self.max_k)
         products = len(_ROWS) ** 2
-        self._sums[:products] += (rows_RT @ rows_RT.T).flatten()
-        self._sums[_SUMS:].scatter_add_(0, k_T, rows_RT[0])
+        self._step_sums[:products] += (rows_RT @ rows_RT.T).flatten()
+        self._step_sums[_SUMS:].scatter_add_(0, k_T, rows_RT[0])
         valid = finite_T.numel() if valid_T is None else valid_T.sum()
-        self._sums[_INDEX["valid"]] += valid
+        self._step_sums[_INDEX["valid"]] += valid
 
     @torch.no_grad()
     def add_loss(self, name: str, loss: torch.Tensor, share: float) -> None:
@@ -115,17 +118,29 @@ class LayerMetrics:
             loss: the summand.
             share: the part of a loss that this rank contributes, 1 / (ranks that share its tokens).
         """
-        self._sums[_INDEX[f"sum_{name}"]] += loss.detach().double().reshape(())
-        self._sums[_INDEX[f"terms_{name}"]] += share
+        self._step_sums[_INDEX[f"sum_{name}"]] += loss.detach().double().reshape(())
+        self._step_sums[_INDEX[f"terms_{name}"]] += share
 
     def add_rows(self, rows: int | torch.Tensor) -> None:
         """Add the rows that this rank's experts computed for one micro-batch."""
-        self._sums[_INDEX["rows"]] += rows
+        self._step_sums[_INDEX["rows"]] += rows
 
     def end_step(self) -> None:
         """Close an optimizer step: its load per expert is kept apart, for MaxVio per batch."""
-        self._slots_of_steps.append(self._step_slots_E.clone())
-        self._step_slots_E.zero_()
+        if self.has_reader:
+            # New objects, so that a snapshot can hold the old ones.
+            self._sums = self._sums + self._step_sums
+            self._slots_of_steps = [*self._slots_of_steps, self._step_slots_E.clone()]
+        self._clear_step()
+
+    def snapshot(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The closed steps of the interval, for :meth:`restore`; copies nothing."""
+        return self._sums, self._slots_of_steps
+
+    def restore(self, snapshot: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+        """Forget what came after a snapshot."""
+        self._sums, self._slots_of_steps = snapshot
+        self._clear_step()
 
     def flat(self, max_k: int) -> torch.Tensor:
         """The sums since the last :meth:`clear` as one vector, to be added up over ranks.
@@ -134,13 +149,17 @@ class LayerMetrics:
             max_k: the histogram is padded to ``max_k + 1`` bins, so that layers line up.
         """
         padding = self._sums.new_zeros(max_k - self.max_k)
-        return torch.cat((self._sums, padding, *self._slots_of_steps))
+        return torch.cat((self._sums + self._step_sums, padding, *self._slots_of_steps))
 
     def clear(self) -> None:
         """Start a new logging interval."""
-        self._sums.zero_()
-        self._step_slots_E.zero_()
+        self._sums = torch.zeros_like(self._sums)
         self._slots_of_steps = []
+        self._clear_step()
+
+    def _clear_step(self) -> None:
+        self._step_sums.zero_()
+        self._step_slots_E.zero_()
 
 
 def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> dict[str, object]:

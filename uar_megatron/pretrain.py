@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -89,7 +88,7 @@ def run(experiment: Experiment) -> None:
 
     model_config.post_wrap_hooks.append(after_build)
     if args.rank == 0:
-        for folder in filter(None, _output_folders(experiment).values()):
+        for folder in filter(None, output_folders(experiment).values()):
             save_resolved(experiment, Path(folder))
     reason = "killed by an error"
     try:
@@ -119,7 +118,7 @@ def _why_stopped(args: argparse.Namespace, code: Any) -> tuple[str, Any]:
 
     if args.exit_signal_handler and signal_received():
         saved = "checkpoint saved" if args.save else "nothing saved: there is no --save"
-        return f"SIGTERM received, {saved}", 128 + signal.SIGTERM
+        return f"{args.exit_signal.name} received, {saved}", 128 + args.exit_signal
     if code:
         return f"Megatron's validation of results stopped it with exit code {code}", code
     return "exit_interval or exit_duration_in_mins reached", code
@@ -244,7 +243,7 @@ def check_outputs(experiment: Experiment) -> None:
     Raises:
         ConfigError: a folder cannot be written to.
     """
-    for field, folder in _output_folders(experiment).items():
+    for field, folder in output_folders(experiment).items():
         if folder is None:
             continue
         probe = Path(folder) / f".write_test.{os.getpid()}"
@@ -261,7 +260,8 @@ def check_outputs(experiment: Experiment) -> None:
             ) from error
 
 
-def _output_folders(experiment: Experiment) -> dict[str, str | None]:
+def output_folders(experiment: Experiment) -> dict[str, str | None]:
+    """Folders that a run writes to, by the field that names them."""
     return {"run.dir": experiment.run.dir, "save": experiment.megatron.get("save")}
 
 

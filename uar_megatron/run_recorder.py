@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from uar_megatron.experiment import Experiment
-from uar_megatron.mcore.compat import observe_training
+from uar_megatron.mcore.compat import current_global_batch_size, observe_training
 from uar_megatron.mcore.step import routers_of
 from uar_megatron.mcore.tracker import RoutingTracker
 from uar_megatron.reporting.runlog import RUN_LOG, RunLogWriter
@@ -42,7 +42,7 @@ class RunRecorder:
             num_layers=args.num_layers + (args.mtp_num_layers or 0),
             num_experts=args.num_experts,
             log_interval=args.log_interval,
-            tokens_per_step=args.global_batch_size * args.seq_length,
+            tokens_per_step=lambda: current_global_batch_size() * args.seq_length,
             emit=lambda fields: self._emit(fields["step"], Step(**fields)),
         )
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from uar_kernels.uncertainty import energy_and_entropy
 from uar_megatron.config import UARConfig
 from uar_megatron.decision import Uncertainty
+
+logger = logging.getLogger(__name__)
 
 # A spread below this is treated as none, so that rounding noise is not blown up into ẑ.
 SIGMA_FLOOR = 1e-6
@@ -44,7 +48,8 @@ class UncertaintyStatistics(FixedPrecisionModule):
     the order in which pipeline schedules run micro-batches backward. The moving values are kept as
     well; evaluation uses them.
 
-    Buffers (persistent, scalars): ``mean``, ``var`` (float64), ``num_updates`` (int64).
+    Buffers (persistent): ``mean``, ``var`` (float64 scalars), ``num_updates`` (int64 scalar), and
+    ``measured`` (float64 ``[2]``): which u they belong to, and at which temperature.
 
     Args:
         config: the UAR section.
@@ -57,6 +62,7 @@ class UncertaintyStatistics(FixedPrecisionModule):
     mean: torch.Tensor
     var: torch.Tensor
     num_updates: torch.Tensor
+    measured: torch.Tensor
     _pending: torch.Tensor
 
     def __init__(
@@ -75,11 +81,24 @@ class UncertaintyStatistics(FixedPrecisionModule):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("var", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64, device=device))
+        what = (("energy", "entropy").index(config.uncertainty), config.temperature)
+        self.register_buffer("measured", torch.tensor(what, dtype=torch.float64, device=device))
         self.register_buffer(
             "_pending",
             torch.zeros(self.PENDING_SIZE, dtype=torch.float64, device=device),
             persistent=False,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Statistics of another u, or at another temperature, are of no use: start fresh."""
+        saved = state_dict.get(f"{prefix}measured")
+        if saved is not None and not torch.equal(saved.cpu(), self.measured.cpu()):
+            logger.warning("%s: saved for another uncertainty or temperature; starts fresh", prefix)
+            for name in ("mean", "var", "num_updates", "measured"):
+                state_dict[f"{prefix}{name}"] = getattr(self, name).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def measure(self, logits_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> Uncertainty:
         """Return energy, entropy, u and ẑ of each token.

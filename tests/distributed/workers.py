@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from datetime import timedelta
@@ -116,7 +117,12 @@ def expert_parallel_rows() -> None:
             layer.router.weight.mul_(20)
         records: list[dict] = []
         tracker = RoutingTracker(
-            [layer.router], 2, 8, log_interval=3, tokens_per_step=sum(tokens), emit=records.append
+            [layer.router],
+            2,
+            8,
+            log_interval=3,
+            tokens_per_step=functools.partial(sum, tokens),
+            emit=records.append,
         )
         reductions = count_all_reduces(layer, tracker, tokens[dist.get_rank()])
         assert reductions == [1, 1, 2], reductions  # statistics each step, the log at the third

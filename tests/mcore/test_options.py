@@ -75,7 +75,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (AE, {"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
     (AE, {"moe_paged_stash": True}, "moe_expert_rank_capacity_factor"),
     (AE, {"moe_routing_trace_path": "here"}, "moe_routing_trace_path"),
-    (AE, {"rerun_mode": "report_determinism_stats"}, "rerun_mode"),
+    (AE, {"rerun_mode": "report_stats"}, "rerun_mode"),
     (AE, {"moe_use_upcycling": True}, "moe_use_upcycling"),
     (
         AE,
@@ -85,6 +85,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"moe_grouped_gemm": True, "add_bias_linear": True}, "moe_grouped_gemm"),
     ({"clb": {"enabled": True}}, {"moe_aux_loss_coeff": 0.0}, "uar.clb.enabled"),
     ({"bias": {"enabled": True}}, {"moe_router_enable_expert_bias": True}, "uar.bias.enabled"),
+    ({"statistics": {"mode": "batch"}}, {"mtp_use_repeated_layer": True}, "uar.statistics.mode"),
     ({"weights": "softmax_all"}, {"moe_router_score_function": "sigmoid"}, "uar.weights"),
 ]
 

@@ -75,6 +75,7 @@ def test_state_is_saved_and_loaded() -> None:
         "router.uar_statistics.mean",
         "router.uar_statistics.var",
         "router.uar_statistics.num_updates",
+        "router.uar_statistics.measured",
     }
     other = uar_layer(config, uar, like=stock_layer(config))
     other.load_state_dict(state)

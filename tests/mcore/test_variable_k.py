@@ -522,6 +522,53 @@ def shared_forward(layer: UARMoELayer, inputs: torch.Tensor) -> torch.Tensor:
     return hidden @ layer.shared_experts.linear_fc2.weight.T
 
 
+def test_grouped_experts_apply_weights_to_the_input_where_asked() -> None:
+    options = {
+        "moe_router_topk": 1,
+        "moe_apply_probs_on_input": True,
+        "moe_router_pre_softmax": True,
+    }
+    outputs = []
+    for grouped in (False, True):
+        config = transformer_config(moe_grouped_gemm=grouped, **options)
+        layer = uar_layer(config, {}, like=stock_layer(config))
+        outputs.append(layer(hidden_states(20, seed=1))[0])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-9)
+
+
+def test_weights_of_one_expert_are_renormalised_where_asked() -> None:
+    uar = {"policy": "uar", "budget": {"k_min": 1, "k_max": 1}, "weights": "renormalised"}
+    layer = layer_with_statistics(uar, moe_router_score_function="sigmoid")
+    probs, routing_map = layer.router(hidden_states(9))
+    assert (routing_map.sum(dim=1) == 1).all()
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(9))
+
+
+def test_steps_count_from_where_uar_is_switched_on() -> None:
+    off = layer_with_statistics({"policy": "topk"})
+    assert off.router.step == int(off.router.uar_step) == 0
+    waiting = layer_with_statistics({**AE, "expansion": {"start_step": 5}})
+    assert waiting.router.step == int(waiting.router.uar_step) == 1
+
+
+def test_a_snapshot_undoes_a_step() -> None:
+    uar = {**AE, "bias": {"enabled": True}, "budget": {**AE["budget"], "mode": "mean"}}
+    layer = layer_with_statistics(uar)
+    layer.router.metrics.has_reader = True
+    before = {name: b.clone() for name, b in layer.router.named_buffers() if "pending" not in name}
+    snapshot, step = layer.router.snapshot(), layer.router.step
+    layer(hidden_states(64, seed=3))
+    commit([layer.router])
+    after = dict(layer.router.named_buffers())
+    assert all(
+        not torch.equal(after[f"uar_{n}"], before[f"uar_{n}"]) for n in ("bias.value", "step")
+    )
+    layer.router.restore(snapshot)
+    assert layer.router.step == step
+    for name, value in before.items():
+        assert torch.equal(dict(layer.router.named_buffers())[name], value), name
+
+
 def test_megatrons_expert_bias_selects_among_any_k() -> None:
     layer = layer_with_statistics(
         AE, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True

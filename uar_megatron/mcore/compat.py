@@ -90,6 +90,7 @@ __all__ = [
     "apply_router_token_dropping",
     "check_megatron_version",
     "compute_routing_scores_for_aux_loss",
+    "current_global_batch_size",
     "current_iteration",
     "default_layer_spec",
     "finalize_model_grads",
@@ -101,6 +102,7 @@ __all__ = [
     "start_missing_state_fresh",
     "stops_at_nan",
     "topk_routing_with_score_function",
+    "training_arguments",
     "transform_mtp_specs",
 ]
 
@@ -125,6 +127,20 @@ def default_layer_spec(config: Any, vp_stage: int | None) -> Any:
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+
+
+def current_global_batch_size() -> int:
+    """Sequences of the current optimizer step, which may be ramping up."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    return int(get_current_global_batch_size())
+
+
+def training_arguments() -> argparse.Namespace | None:
+    """The arguments of Megatron's training loop, None outside of it."""
+    from megatron.training import global_vars
+
+    return global_vars._GLOBAL_ARGS  # type: ignore[no-any-return]
 
 
 def current_iteration() -> int:

@@ -34,7 +34,10 @@ class TorchGroupedMLP(SequentialMLP):
         Returns:
             ``[rows, hidden]``, and None for the bias.
         """
-        rows = permuted_local_hidden_states
+        rows, probs = permuted_local_hidden_states, permuted_probs
+        if self.config.moe_apply_probs_on_input:
+            rows = (rows * probs.unsqueeze(-1)).to(rows.dtype)
+            probs = torch.ones_like(probs)
         ends_E = tokens_per_expert.to(rows.device).cumsum(0).to(torch.int32)
         hidden = F.grouped_mm(rows, self._weights("linear_fc1"), offs=ends_E)
         config = self.config
@@ -47,7 +50,7 @@ class TorchGroupedMLP(SequentialMLP):
             hidden = config.activation_func(gate) * (linear + config.glu_linear_offset)
         else:
             hidden = config.activation_func(hidden)
-        hidden = (hidden * permuted_probs.unsqueeze(-1)).to(rows.dtype)
+        hidden = (hidden * probs.unsqueeze(-1)).to(rows.dtype)
         return F.grouped_mm(hidden, self._weights("linear_fc2"), offs=ends_E), None
 
     def _weights(self, linear: str) -> torch.Tensor:

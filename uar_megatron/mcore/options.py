@@ -287,8 +287,8 @@ OPTIONS = (
         "acting",
         "it takes the step boundary twice in every step",
         "use rerun_mode=validate_results or disabled",
-        lambda args: getattr(args, "rerun_mode", None) == "report_determinism_stats",
-        "report_determinism_stats",
+        lambda args: getattr(args, "rerun_mode", None) == "report_stats",
+        "report_stats",
     ),
     Option(
         ("moe_use_upcycling", "moe_upcycling_granularity"),
@@ -387,6 +387,15 @@ def _check_sections(uar: UARConfig, args: Any) -> None:
             f"softmax_all with moe_router_score_function={args.moe_router_score_function}",
             allowed="megatron, renormalised, renormalised_to_K",
         )
+    reordered = ("mtp_use_repeated_layer", "num_microbatches_with_partial_activation_checkpoints")
+    for name in reordered:
+        if uar.statistics.mode == "batch" and getattr(args, name, None):
+            raise ConfigError(
+                "uar.statistics.mode",
+                f"batch with {name}: recomputation comes in another order than the first passes, "
+                "so a micro-batch could meet another one's statistics",
+                remedy="use uar.statistics.mode=moving",
+            )
     if uar.clb.enabled and not (_has_aux_loss(args) or uar.bias.enabled):
         raise ConfigError(
             "uar.clb.enabled",

@@ -94,8 +94,14 @@ class UARRouter(TopKRouter):
         )
 
     @property
+    def is_off(self) -> bool:
+        """Whether every step is stock Megatron's."""
+        is_topk = self.policy.fixed_k == self.topk and self.policy.is_stock(0)
+        return is_topk and not self.uar.clb.enabled and self.uar_bias is None
+
+    @property
     def step(self) -> int:
-        """Optimizer steps that this router has taken."""
+        """Optimizer steps that this router has taken with UAR on."""
         if self._host_step is None:
             self._host_step = int(self.uar_step.item())
         return self._host_step
@@ -242,17 +248,24 @@ class UARRouter(TopKRouter):
             self.uar_bias.commit(loads_E)
         if self.uar_policy is not None:
             self.uar_policy.commit(rest, self.step)
-        self.uar_step = self.uar_step + 1
-        self._host_step = self.step if self._host_step is None else self._host_step + 1
+        if not self.is_off:
+            # Schedules count from where UAR was switched on.
+            self._host_step = self.step + 1
+            self.uar_step = self.uar_step + 1
         self.metrics.end_step()
 
     def snapshot(self) -> dict[str, Any]:
         """What :meth:`commit` moves, for :meth:`restore`; holds references, copies nothing."""
-        return {"host_step": self._host_step, "buffers": dict(self._state_buffers())}
+        return {
+            "host_step": self._host_step,
+            "buffers": dict(self._state_buffers()),
+            "metrics": self.metrics.snapshot(),
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a snapshot: the step that was committed since is repeated or given up."""
         self._host_step = snapshot["host_step"]
+        self.metrics.restore(snapshot["metrics"])
         for name, value in snapshot["buffers"].items():
             owner, _, buffer = name.rpartition(".")
             setattr(self.get_submodule(owner), buffer, value)

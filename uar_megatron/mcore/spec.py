@@ -22,6 +22,7 @@ from uar_megatron.mcore.compat import (
     default_layer_spec,
     finalize_model_grads,
     start_missing_state_fresh,
+    training_arguments,
     transform_mtp_specs,
 )
 from uar_megatron.mcore.experts import TorchGroupedMLP
@@ -52,7 +53,8 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
 
     def layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         transformer = getattr(config, "transformer", config)
-        check_compatible(config_of_uar, transformer)
+        # The arguments know more than the configuration that is made of them.
+        check_compatible(config_of_uar, training_arguments() or transformer)
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
         if not isinstance(finalize, StepBoundary):
             transformer.finalize_model_grads_func = StepBoundary(finalize)

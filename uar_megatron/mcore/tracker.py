@@ -18,6 +18,7 @@ class _Interval:
 
     steps: int = 0
     skipped: int = 0
+    tokens: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -33,7 +34,7 @@ class RoutingTracker:
         num_layers: rows of the table: transformer layers and MTP layers of the whole model.
         num_experts: E.
         log_interval: optimizer steps per record.
-        tokens_per_step: tokens of a global batch.
+        tokens_per_step: tokens of the current global batch, which Megatron may ramp up.
         emit: called on every rank with the fields of a step record.
     """
 
@@ -43,7 +44,7 @@ class RoutingTracker:
         num_layers: int,
         num_experts: int,
         log_interval: int,
-        tokens_per_step: int,
+        tokens_per_step: Callable[[], int],
         emit: Callable[[dict[str, Any]], None],
     ) -> None:
         self.routers = routers
@@ -54,6 +55,8 @@ class RoutingTracker:
         self.log_interval = log_interval
         self.tokens_per_step = tokens_per_step
         self.emit = emit
+        for router in routers:
+            router.metrics.has_reader = True
         self._interval = _Interval()
         # Megatron's interval timer is not reset after the very first step (training.py:2577).
         self._timed_steps = 0
@@ -69,6 +72,7 @@ class RoutingTracker:
         interval.steps += 1
         self._timed_steps += 1
         interval.skipped += int(call["skipped_iter"])
+        interval.tokens += self.tokens_per_step()
         if "lm loss" in call["loss_dict"]:
             interval.losses.append(call["loss_dict"]["lm loss"].detach().reshape(()))
         if call["iteration"] % self.log_interval == 0:
@@ -90,7 +94,7 @@ class RoutingTracker:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "skipped": interval.skipped,
             "seconds_per_step": seconds_per_step,
-            "tokens_per_second": self.tokens_per_step / max(seconds_per_step, 1e-9),
+            "tokens_per_second": interval.tokens / interval.steps / max(seconds_per_step, 1e-9),
             "k_eff": sum(m["k_eff"] for m in layers) / len(layers) if layers else None,
             "layers": layers,
         }

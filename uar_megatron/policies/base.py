@@ -47,13 +47,12 @@ class RouterSettings:
     expansion: ExpansionConfig
     device: torch.device | str | int
 
-    @property
-    def has_stock_weights(self) -> bool:
-        """Whether ``weights`` names what Megatron does anyway."""
+    def has_stock_weights(self, k: int) -> bool:
+        """Whether ``weights`` names what Megatron does anyway for ``k`` experts per token."""
         if self.score_function == "softmax":
             stock = "softmax_all" if self.use_pre_softmax else "renormalised"
         else:
-            stock = "renormalised" if self.topk > 1 else "megatron"
+            stock = "renormalised" if k > 1 else "megatron"
         return self.weights in ("megatron", stock)
 
 

@@ -20,7 +20,7 @@ class TopKPolicy:
 
     def is_stock(self, step: int) -> bool:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
-        return self.settings.has_stock_weights
+        return self.settings.has_stock_weights(self.max_k)
 
     def total_slots(self, tokens: int, step: int) -> int | None:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
@@ -43,7 +43,7 @@ def route_fixed_k(
     """Route every token to ``k`` experts: Megatron's function, called as it is, where it can."""
     k_T = torch.full((logits_TE.shape[0],), k, dtype=torch.int64, device=logits_TE.device)
     # Megatron has no k = 0, and sizes its groups by moe_router_topk.
-    is_megatrons = bias_E is None and settings.has_stock_weights and k > 0
+    is_megatrons = bias_E is None and settings.has_stock_weights(k) and k > 0
     if not is_megatrons or (settings.group_topk and k != settings.topk):
         return route_variable_k(logits_TE, k_T, k, bias_E, settings)
     probs_TE, routing_map_TE = settings.fixed_topk(logits_TE, k)

@@ -30,7 +30,7 @@ class UARPolicy:
     def is_stock(self, step: int) -> bool:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         is_topk = self.fixed_k == self.settings.topk or self._is_waiting(step)
-        return is_topk and self.settings.has_stock_weights
+        return is_topk and self.settings.has_stock_weights(self.settings.topk)
 
     def total_slots(self, tokens: int, step: int) -> int | None:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""

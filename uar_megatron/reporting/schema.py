@@ -80,6 +80,7 @@ class Start(Record):
     """Optimizer steps already taken: 0 for a fresh run."""
     world_size: int
     tokens_per_step: int
+    """Of a full global batch."""
     num_experts: int
     topk: int
     versions: dict[str, str]
