@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from uar_megatron.balance import masked_balancing_loss
-
-if TYPE_CHECKING:
-    from uar_megatron.mcore.router import UARRouter
+from uar_megatron.mcore.compat import TopKRouter
 
 
 class AuxLoss(NamedTuple):
@@ -28,65 +26,69 @@ AUX_LOSSES = (
 )
 
 
-def attach_balancing_losses(
-    router: UARRouter,
-    probs_TE: torch.Tensor,
-    scores_TE: torch.Tensor,
-    routed_TE: torch.Tensor,
-    omega_T: torch.Tensor,
-    valid_tokens: int | torch.Tensor,
-    batch_size: int,
-) -> torch.Tensor:
-    """Attach every auxiliary loss that is on, scaled and logged as Megatron does (router.py:456).
+class MaskedBalancingRouter(TopKRouter):
+    """``TopKRouter`` with auxiliary losses of any routing map and any weights of the tokens."""
 
-    Loads are counted from the map that was really routed, before token dropping: an expert above
-    its capacity must not look balanced. ``global_aux_loss`` takes its loads from the running mean
-    over the micro-batches of the step and over all data-parallel ranks, as in Megatron.
+    def attach_balancing_losses(
+        self,
+        probs_TE: torch.Tensor,
+        scores_TE: torch.Tensor,
+        routed_TE: torch.Tensor,
+        omega_T: torch.Tensor,
+        valid_tokens: int | torch.Tensor,
+        batch_size: int,
+        epsilon: float,
+    ) -> torch.Tensor:
+        """Attach every auxiliary loss that is on, as Megatron scales and logs it (router.py:408).
 
-    Args:
-        router: whose losses; gives coefficients, groups and the running mean.
-        probs_TE: what the losses are attached to.
-        scores_TE: normalised scores p (differentiable), padding rows 0.
-        routed_TE: routed map, padding rows False.
-        omega_T: ω of each token, 1 without a mask; padding 0.
-        valid_tokens: tokens of this rank that are not padding, for ``calculate_per_token_loss``.
-        batch_size: sequences in the micro-batch; tokens are ordered ``[sequence, batch]``.
+        Loads are counted from the map that was really routed, before token dropping: an expert
+        above its capacity must not look balanced. ``global_aux_loss`` takes its loads from the
+        running mean over the micro-batches of the step and all data-parallel ranks, as in Megatron.
 
-    Returns:
-        ``probs_TE`` with the losses attached.
-    """
-    experts = routed_TE.shape[-1]
-    for loss_type in AUX_LOSSES:
-        coeff = router.get_aux_loss_coeff(loss_type.name)
-        if coeff == 0:
-            continue
-        parts = batch_size if loss_type.per_sequence else 1
-        group = router.tp_dp_cp_group if loss_type.is_global else router.tp_cp_group
-        slots_BE = routed_TE.view(-1, parts, experts).sum(dim=0).float()
-        omega_SB = omega_T.view(-1, parts)
-        shared = torch.cat((slots_BE.flatten(), omega_SB.sum(dim=0)))
-        if group.size() > 1:
-            torch.distributed.all_reduce(shared, group=group)
-        slots_BE = shared[:-parts].view(parts, experts)
-        if loss_type.is_global:
-            router.global_tokens_per_expert += slots_BE[0]
-            router.ga_steps += 1
-            slots_BE = (router.global_tokens_per_expert / router.ga_steps).unsqueeze(0)
-        loss = masked_balancing_loss(
-            scores_TE.view(-1, parts, experts),
-            omega_SB,
-            slots_BE,
-            shared[-parts:],
-            coeff,
-            router.uar.clb.epsilon,
-        )
-        probs_TE = router.attach_and_log_load_balancing_loss(
-            probs_TE,
-            coeff,
-            loss,
-            loss_type.logged_as,
-            group,
-            needs_dp_avg=not loss_type.is_global,
-            valid_token_count=valid_tokens,
-        )
-    return probs_TE
+        Args:
+            probs_TE: what the losses are attached to.
+            scores_TE: normalised scores p (differentiable), padding rows 0.
+            routed_TE: routed map, padding rows False.
+            omega_T: ω of each token, 1 without a mask; padding 0.
+            valid_tokens: tokens of this rank that are no padding, for ``calculate_per_token_loss``.
+            batch_size: sequences in the micro-batch; tokens are ordered ``[sequence, batch]``.
+            epsilon: ε of Eq. 6.
+
+        Returns:
+            ``probs_TE`` with the losses attached.
+        """
+        experts = routed_TE.shape[-1]
+        for loss_type in AUX_LOSSES:
+            coeff = self.get_aux_loss_coeff(loss_type.name)
+            if coeff == 0:
+                continue
+            parts = batch_size if loss_type.per_sequence else 1
+            group = self.tp_dp_cp_group if loss_type.is_global else self.tp_cp_group
+            slots_BE = routed_TE.view(-1, parts, experts).sum(dim=0).float()
+            omega_SB = omega_T.view(-1, parts)
+            shared = torch.cat((slots_BE.flatten(), omega_SB.sum(dim=0)))
+            if group.size() > 1:
+                torch.distributed.all_reduce(shared, group=group)
+            slots_BE = shared[:-parts].view(parts, experts)
+            if loss_type.is_global:
+                self.global_tokens_per_expert += slots_BE[0]
+                self.ga_steps += 1
+                slots_BE = (self.global_tokens_per_expert / self.ga_steps).unsqueeze(0)
+            loss = masked_balancing_loss(
+                scores_TE.view(-1, parts, experts),
+                omega_SB,
+                slots_BE,
+                shared[-parts:],
+                coeff,
+                epsilon,
+            )
+            probs_TE = self.attach_and_log_load_balancing_loss(
+                probs_TE,
+                coeff,
+                loss,
+                loss_type.logged_as,
+                group,
+                needs_dp_avg=not loss_type.is_global,
+                valid_token_count=valid_tokens,
+            )
+        return probs_TE

@@ -11,9 +11,8 @@ import torch
 from uar_megatron.balance import BalancingBias, epistemic_weight, threshold
 from uar_megatron.config import UARConfig
 from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.mcore.balancing import AUX_LOSSES, attach_balancing_losses
+from uar_megatron.mcore.balancing import AUX_LOSSES, MaskedBalancingRouter
 from uar_megatron.mcore.compat import (
-    TopKRouter,
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
@@ -26,7 +25,7 @@ from uar_megatron.uncertainty import UncertaintyStatistics
 _LOSS_OF_LOG_NAME = {loss.logged_as: loss.name for loss in AUX_LOSSES}
 
 
-class UARRouter(TopKRouter):
+class UARRouter(MaskedBalancingRouter):
     """``TopKRouter`` whose decision, balancing losses and bias follow the router's own uncertainty.
 
     Megatron's forward, gating, jitter, z-loss, loss attachment and scaling are inherited; what is
@@ -179,14 +178,14 @@ class UARRouter(TopKRouter):
                 logits_TE, self.topk, self.score_function, padding_mask=padding_T
             )
             weight_T = scores_TE.new_ones(scores_TE.shape[0]) if omega_T is None else omega_T
-            probs_TE = attach_balancing_losses(
-                self,
+            probs_TE = self.attach_balancing_losses(
                 probs_TE,
                 scores_TE,
                 routed_TE,
                 weight_T if valid_T is None else weight_T * valid_T,
                 scores_TE.shape[0] if valid_T is None else valid_T.sum(),
                 batch_size,
+                self.uar.clb.epsilon,
             )
         # Padding is masked here: with a padding mask Megatron's own line fails (router.py:738).
         self._apply_expert_bias(routed_TE)
