@@ -39,7 +39,7 @@ class MaskedBalancingRouter(TopKRouter):
         batch_size: int,
         epsilon: float,
     ) -> torch.Tensor:
-        """Attach every auxiliary loss that is on, as Megatron scales and logs it (router.py:408).
+        """Attach every auxiliary loss that is on, as Megatron scales and logs it (router.py:407).
 
         Loads are counted from the map that was really routed, before token dropping: an expert
         above its capacity must not look balanced. ``global_aux_loss`` takes its loads from the
