@@ -347,9 +347,11 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
 
 
 def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
+    topk = args.moe_router_topk
+    # A budget that cannot be is refused even where no policy uses it.
+    budgets = uar.budget.layers(max(len(moe_layers(args)), 1), topk)
     if uar.policy != "uar":
         return
-    topk = args.moe_router_topk
     most = experts
     if args.moe_router_group_topk and args.moe_router_num_groups:
         most = args.moe_router_group_topk * experts // args.moe_router_num_groups
@@ -359,7 +361,7 @@ def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
                 f"{args.moe_router_group_topk} groups for {topk} experts per token",
                 allowed=f"1 … moe_router_topk = {topk}",
             )
-    for budget in uar.budget.layers(max(len(moe_layers(args)), 1), topk):
+    for budget in budgets:
         if budget.k_max > most:
             where = (
                 "the number of experts" if most == experts else "the experts of a token's groups"
