@@ -40,11 +40,11 @@ def masked_quantity(uncertainty: Uncertainty, clb: CLBConfig) -> torch.Tensor:
 def epistemic_weight(uncertainty: Uncertainty, theta: float, clb: CLBConfig) -> torch.Tensor:
     """Return ω = floor + (1 − floor)·sigmoid((ẑ − θ)/width) of each token (the g of Eq. 6).
 
-    A token whose uncertainty is not finite has ω = 0 in absolute units, like no token at all.
+    A token whose uncertainty is not finite has ω = 0, like no token at all.
     """
     quantity_T = masked_quantity(uncertainty, clb)
     omega_T = clb.floor + (1.0 - clb.floor) * torch.sigmoid((quantity_T - theta) / clb.width)
-    return torch.where(torch.isfinite(quantity_T), omega_T, torch.zeros_like(omega_T))
+    return omega_T.masked_fill(~uncertainty.finite_T, 0.0)
 
 
 def masked_balancing_loss(

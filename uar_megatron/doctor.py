@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from uar_megatron.errors import UARError
 
 Status = Literal["ok", "off", "error"]
-_ENOUGH_BYTES = 5 * 1024**3
+_ENOUGH_BYTES = 1024**3  # below it not even a small model's checkpoint is safe
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _apex() -> Check:
         return Check(
             "NVIDIA apex",
             "error",
-            "the installed `apex` is another project of that name (a web toolkit on PyPI)",
+            "the installed `apex` is broken, or another project of that name (PyPI's web toolkit)",
             "pip uninstall apex; NVIDIA's is built from its source or comes with its containers",
         )
     return Check("NVIDIA apex", "ok", "installed")
