@@ -3,9 +3,11 @@
 Every round runs one training step of each variant on the same batch, in random order, through
 Megatron's own ``train_step``; ratios are taken within a round, so that a noisy machine disturbs
 both sides alike. Launches, host synchronisations, floating-point operations and peak memory are
-counted exactly, from the operations that torch dispatches. Single rank.
+counted exactly, from the operations that torch dispatches. With several ranks what is printed are
+rank 0's counts, and its times between barriers.
 
     python scripts/bench_overhead.py --rounds 40
+    torchrun --nproc_per_node 2 scripts/bench_overhead.py --parallel cpu_ep2 --only exact
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ class Variant:
 
 def batches_of(args: Any) -> Iterator[dict[str, torch.Tensor]]:
     """The same micro-batch of random tokens for ever, as the data loader would hand it over."""
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed + args.rank)
     shape = (args.micro_batch_size, args.seq_length)
     tokens = torch.randint(0, args.padded_vocab_size, shape, generator=generator)
     causal = torch.ones(args.seq_length, args.seq_length).tril().logical_not()
@@ -231,9 +233,11 @@ def batches_of(args: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def synchronize() -> None:
-    """Wait for a GPU, where there is one."""
+    """Wait for a GPU, where there is one, and for the other ranks."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
 
 
 def measure(variants: list[Variant], batches: Any, rounds: int) -> dict[str, Result]:
@@ -251,8 +255,9 @@ def measure(variants: list[Variant], batches: Any, rounds: int) -> dict[str, Res
             variant.step(batches)
         flops[variant.name] = counter.get_total_flops()
     order = list(variants)
+    same_on_all_ranks = random.Random(0)
     for _ in range(rounds):
-        random.shuffle(order)
+        same_on_all_ranks.shuffle(order)
         for variant in order:
             synchronize()
             started = time.perf_counter()
@@ -283,7 +288,7 @@ def main(
         "configs/demo.yaml"
     ),
     rounds: Annotated[int, typer.Option(min=5, help="paired rounds")] = 40,
-    parallel: Annotated[str, typer.Option(help="group `parallel` of one rank")] = "cpu",
+    parallel: Annotated[str, typer.Option(help="group `parallel`")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="variants to measure beside stock")] = None,
     output: Annotated[Path | None, typer.Option(help="also write the results as JSON")] = None,
 ) -> None:
@@ -291,8 +296,9 @@ def main(
     overrides = [f"parallel={parallel}", "data=mock", "vocab_size=4096", "lr=1e-5", "min_lr=1e-5"]
     overrides += ["save=null", "load=null", "tensorboard_dir=null", "lr_warmup_iters=0"]
     experiment = load_experiment(config, overrides)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:  # not under torchrun
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
     from uar_megatron.pretrain import _argv, _prepare_process
 
@@ -308,7 +314,17 @@ def main(
     wanted = {"stock", *(only or UAR)}
     variants = [Variant(name, uar, args) for name, uar in UAR.items() if name in wanted]
     results = measure(variants, RerunDataIterator(batches_of(args)), rounds)
-    table = Table(title=f"{config}: ratios to stock Megatron, {rounds} paired rounds")
+    torch.distributed.destroy_process_group()
+    if args.rank == 0:
+        report(f"{config}, {parallel}: ratios to stock Megatron, {rounds} paired rounds", results)
+        if output is not None:
+            text = json.dumps({n: asdict(r) for n, r in results.items()}, indent=1)
+            output.write_text(text + "\n")
+
+
+def report(title: str, results: dict[str, Result]) -> None:
+    """Print the table."""
+    table = Table(title=title)
     for column in ("variant", "step time (95 %)", "FLOPs", "peak memory", "k", "launches"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     table.add_column("host syncs", justify="right")
@@ -322,9 +338,6 @@ def main(
             *(str(r.launches), str(r.host_syncs), str(r.collectives)),
         )
     Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1) + "\n")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from uar_megatron.reporting.runlog import read_run
 
 TESTS = Path(__file__).parent
 TINY = TESTS / "tiny.yaml"
-TIMEOUT = 240
+TIMEOUT = 400
 
 
 def torchrun(nproc: int, *command: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from uar_megatron.budget import ExpertBudget, exact_budget, free_budget
 from uar_megatron.config import BudgetConfig, ExpansionConfig, UARConfig, parse_section
-from uar_megatron.errors import ConfigError
+from uar_megatron.errors import ConfigError, UARError
 
 ROUND = {"floor": math.floor, "nearest": round, "ceil": math.ceil}
 ZSCORES = st.lists(st.floats(-6, 6, width=32), max_size=20)
@@ -48,6 +48,17 @@ def test_free_equals_the_formula(
     assert constant is None or all(got == constant for got in k.tolist())
 
 
+def exact(
+    zscores_T: torch.Tensor, alpha: float, bounds: tuple[int, int], total: int
+) -> torch.Tensor:
+    """One group; the total on the host and on the device must give the same."""
+    k = exact_budget(zscores_T.unsqueeze(0), alpha, bounds, total)
+    assert torch.equal(
+        k, exact_budget(zscores_T.unsqueeze(0), alpha, bounds, torch.tensor([total]))
+    )
+    return k.squeeze(0)
+
+
 def by_hand(zscores: list[float], alpha: float, bounds: tuple[int, int], total: int) -> list[int]:
     """Buy one expert after the other where the next one is cheapest; ties: more uncertain first."""
     low, high = bounds
@@ -75,7 +86,7 @@ def test_exact_spends_the_total_where_it_is_cheapest(
         zscores = [zscores[0]] * len(zscores)
     low, high = bounds
     total = len(zscores) * low + round(share * len(zscores) * (high - low))
-    k = exact_budget(torch.tensor(zscores, dtype=torch.float32), alpha, bounds, total).tolist()
+    k = exact(torch.tensor(zscores, dtype=torch.float32), alpha, bounds, total).tolist()
     assert sum(k) == total
     assert all(low <= x <= high for x in k)
     assert k == by_hand(zscores, alpha, bounds, total)
@@ -87,7 +98,7 @@ def test_exact_spends_the_total_where_it_is_cheapest(
 
 def test_exact_is_the_formula_with_one_shift() -> None:
     zscores = torch.randn(300, generator=torch.Generator().manual_seed(0))
-    k = exact_budget(zscores, 1.3, (1, 5), 300 * 2)
+    k = exact(zscores, 1.3, (1, 5), 300 * 2)
     shifts = torch.linspace(-2, 4, 60001)
     candidates = [
         s for s in shifts.tolist() if (1.3 * zscores + s).floor().clamp(1, 5).sum() <= 600
@@ -99,8 +110,8 @@ def test_exact_is_the_formula_with_one_shift() -> None:
 
 def test_exact_tells_the_smallest_difference_apart() -> None:
     zscores = torch.tensor([0.0, 1e-30, -1e-30])
-    assert exact_budget(zscores, 1.0, (1, 4), 4).tolist() == [1, 2, 1]
-    assert exact_budget(zscores, 1.0, (1, 4), 5).tolist() == [2, 2, 1]
+    assert exact(zscores, 1.0, (1, 4), 4).tolist() == [1, 2, 1]
+    assert exact(zscores, 1.0, (1, 4), 5).tolist() == [2, 2, 1]
 
 
 def budget_of(expansion: dict[str, int] | None = None, **fields: Any) -> ExpertBudget:
@@ -114,9 +125,9 @@ def run_mean(budget: ExpertBudget, steps: int, first: int = 0, drift: float = 0.
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         zscores = torch.randn(32768, generator=generator) + drift * math.exp(-step / 10)
-        k = budget.experts_of(zscores, step)
+        k, _ = budget.experts_of(zscores, step)
         budget.accumulate(k, None)
-        budget.commit(budget.pending().clone(), step)
+        budget.commit(budget.pending().clone(), torch.tensor(float(len(k))), step)
         means.append(k.double().mean().item())
     return means
 
@@ -156,7 +167,7 @@ def test_mean_does_not_wind_up_where_the_target_is_out_of_reach() -> None:
     run_mean(budget, 200)
     assert budget.beta <= 4 + 4 + 1
     empty = budget.beta.clone()
-    budget.commit(torch.zeros(2, dtype=torch.float64), 200)
+    budget.commit(torch.zeros(1, dtype=torch.float64), torch.tensor(0.0), 200)
     assert torch.equal(budget.beta, empty), "a step without tokens moves nothing"
 
 
@@ -167,7 +178,9 @@ def test_expansion_sets_in_gently(mode: str, rounding: str) -> None:
     zscores = torch.randn(4096, generator=torch.Generator().manual_seed(1))
     assert budget.fixed_k is None
     assert [budget.progress(s) for s in (0, 4, 5, 55, 105, 999)] == [0, 0, 0, 0.5, 1, 1]
-    changed = [(budget.experts_of(zscores, s) != 2).double().mean().item() for s in range(5, 106)]
+    changed = [
+        (budget.experts_of(zscores, s)[0] != 2).double().mean().item() for s in range(5, 106)
+    ]
     assert changed[0] == 0
     # |α·ẑ| passes the middle of the rounding interval for one token in a hundred at α ≈ 0.2.
     assert changed[10] < 0.001
@@ -178,7 +191,65 @@ def test_expansion_sets_in_gently(mode: str, rounding: str) -> None:
 def test_padding_has_no_part_in_the_mean() -> None:
     budget = budget_of(mode="mean")
     budget.accumulate(torch.tensor([4, 1, 1]), torch.tensor([False, True, True]))
-    assert budget.pending().tolist() == [2, 2]
+    assert budget.pending().tolist() == [2]
+
+
+def of_batch(zscores_SB: torch.Tensor, budget: ExpertBudget) -> torch.Tensor:
+    k, _ = budget.experts_of(zscores_SB.flatten(), 0, zscores_SB.shape[1])
+    return k.view(zscores_SB.shape)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mode": "exact"}, {"beta": 4.0, "max_rows_factor": 1.3}], ids=["exact", "bounded"]
+)
+def test_with_segments_no_layout_changes_k(fields: dict[str, Any]) -> None:
+    """Neither how a sequence is cut nor how sequences are batched."""
+    budget = budget_of(**fields, alpha=1.5, k_max=6, segment=4)
+    zscores = torch.randn(24, 6, generator=torch.Generator().manual_seed(4))
+    whole = of_batch(zscores, budget)
+    for part in (zscores.split(8), zscores.split(4), zscores.split(12)):
+        assert torch.equal(torch.cat([of_batch(p, budget) for p in part]), whole)
+    by_sequence = [of_batch(p, budget) for p in zscores.split(2, dim=1)]
+    assert torch.equal(torch.cat(by_sequence, dim=1), whole)
+    sums = whole.view(6, 4, 6).sum(dim=1)
+    if "mode" in fields:
+        assert (sums == 4 * 2).all()
+    else:
+        assert (sums <= math.floor(4 * 2 * 1.3)).all()
+    with pytest.raises(UARError, match="6 tokens of a sequence"):
+        of_batch(zscores[:6], budget)
+
+
+@given(
+    zscores=ZSCORES,
+    alpha=ALPHAS,
+    beta=st.sampled_from([0.0, 2.0, 5.0]),
+    bounds=BOUNDS,
+    rounding=st.sampled_from(sorted(ROUND)),
+    factor=st.sampled_from([1.0, 1.3, 2.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_bound_on_the_rows_trims_the_least_uncertain_expansions(
+    zscores: list[float],
+    alpha: float,
+    beta: float,
+    bounds: tuple[int, int],
+    rounding: str,
+    factor: float,
+) -> None:
+    low, high = min(bounds[0], 2), bounds[1]
+    fields = {"alpha": alpha, "beta": beta, "k_min": low, "k_max": high, "rounding": rounding}
+    z = torch.tensor(zscores, dtype=torch.float32)
+    k, wanted = budget_of(**fields, max_rows_factor=factor).experts_of(z, 0)
+    free, none = budget_of(**fields).experts_of(z, 0)
+    assert none is None
+    assert wanted is not None
+    assert torch.equal(wanted, free)
+    most = math.floor(factor * 2 * len(zscores))
+    if free.sum() <= most:
+        assert torch.equal(k, free)
+    else:
+        assert k.tolist() == by_hand(z.tolist(), alpha, (low, high), most)
 
 
 SCHEDULES = {
@@ -204,6 +275,13 @@ BAD = {
     "list of another length": ({"alpha": [1.0, 2.0, 3.0]}, "3 values for 2 MoE layers"),
     "target out of reach": ({"mode": "exact", "target_mean_k": 5}, "target_mean_k"),
     "negative k_min": ({"k_min": -1}, "negative"),
+    "segment": ({"mode": "exact", "target_mean_k": 2.1, "segment": 16}, "no whole number"),
+    "rows in exact": ({"mode": "exact", "max_rows_factor": 1.5}, "mode exact"),
+    "rows below k_min": ({"max_rows_factor": 1.2, "k_min": 3}, "less than k_min"),
+    "rows below the target": (
+        {"mode": "mean", "target_mean_k": 3, "max_rows_factor": 1.2},
+        "target_mean_k = 3",
+    ),
 }
 
 

@@ -123,7 +123,10 @@ class BalancingBias(FixedPrecisionModule):
             self._pending += routing_map_TE.sum(dim=0)
             return
         is_uncertain_T = masked_quantity(uncertainty, clb) > theta
-        weight_T = torch.where(is_uncertain_T, clb.lambda_hi, clb.lambda_lo).double()
+        # Multiples of 2⁻²⁰: their sums are exact in any order, so that no layout of the ranks can
+        # turn the sign of an offset that is zero.
+        high, low = (round(2**20 * weight) / 2**20 for weight in (clb.lambda_hi, clb.lambda_lo))
+        weight_T = torch.where(is_uncertain_T, high, low).double()
         self._pending += weight_T @ routing_map_TE.double()
 
     def pending(self) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from uar_megatron.config import ExpansionConfig, LayerBudget
+from uar_megatron.errors import UARError
 from uar_megatron.uncertainty import FixedPrecisionModule
 
 ROUNDING = {"floor": torch.floor, "nearest": torch.round, "ceil": torch.ceil}
@@ -33,30 +36,36 @@ def free_budget(
 
 
 def exact_budget(
-    zscore_T: torch.Tensor, alpha: float, bounds: tuple[int, int], total: int
+    zscore_GN: torch.Tensor, alpha: float, bounds: tuple[int, int], total: int | torch.Tensor
 ) -> torch.Tensor:
-    """Return k = clamp(⌊α·ẑ + s⌋, K_min, K_max) with the shift s for which Σk = ``total``.
+    """Return k = clamp(⌊α·ẑ + s⌋, K_min, K_max), int64, with the s for which Σ_N k = ``total``.
 
-    The j-th expert of a token costs the shift j − α·ẑ; the ``total − T·K_min`` cheapest are bought.
+    The j-th expert of a token costs the shift j − α·ẑ; the ``total − N·K_min`` cheapest are bought.
     What the largest possible shift leaves over goes to the largest fractional parts, which is the
-    order in which their next expert would be bought. ``total`` is a number on the host: nothing is
-    read back from the device. Of equal tokens the ones with the lower index get more.
+    order in which their next expert would be bought. Nothing is read back from the device. Of equal
+    tokens the ones with the lower index get more.
 
     Args:
-        zscore_T: normalised uncertainty ẑ, finite, ``[tokens]``.
+        zscore_GN: normalised uncertainty ẑ, finite, ``[groups, tokens]``; each group by itself.
         alpha: α.
         bounds: (K_min, K_max).
-        total: Σk, between tokens · K_min and tokens · K_max.
+        total: Σk of each group, between N·K_min and N·K_max: one number on the host, or int64
+            ``[groups]`` on the device.
     """
     low, high = bounds
     # Sorted by α·ẑ first, so that costs which rounding makes equal go to the more uncertain token.
-    x_T, order_T = torch.sort(alpha * zscore_T.double(), descending=True, stable=True)
-    steps_J = torch.arange(low + 1, high + 1, device=zscore_T.device, dtype=torch.float64)
-    cost_TJ = steps_J - x_T.unsqueeze(-1)
-    bought = torch.argsort(cost_TJ.flatten(), stable=True)[: total - zscore_T.shape[0] * low]
-    k_T = torch.full_like(order_T, low)
-    token = order_T[bought // max(high - low, 1)]
-    return k_T.scatter_add_(0, token, torch.ones_like(token))
+    x_GN, order_GN = torch.sort(alpha * zscore_GN.double(), dim=-1, descending=True, stable=True)
+    steps_J = torch.arange(low + 1, high + 1, device=zscore_GN.device, dtype=torch.float64)
+    cheapest_GP = torch.argsort((steps_J - x_GN.unsqueeze(-1)).flatten(1), dim=-1, stable=True)
+    to_buy = total - zscore_GN.shape[1] * low
+    if isinstance(to_buy, int):
+        cheapest_GP = cheapest_GP[:, :to_buy]
+        bought_GP = torch.ones_like(cheapest_GP)
+    else:
+        position_P = torch.arange(cheapest_GP.shape[1], device=zscore_GN.device)
+        bought_GP = (position_P < to_buy.unsqueeze(-1)).long()
+    token_GP = order_GN.gather(1, cheapest_GP // max(high - low, 1))
+    return torch.full_like(order_GN, low).scatter_add_(1, token_GP, bought_GP)
 
 
 class ExpertBudget(FixedPrecisionModule):
@@ -73,7 +82,7 @@ class ExpertBudget(FixedPrecisionModule):
         device: where ``beta`` lives.
     """
 
-    PENDING_SIZE = 2  # Σk, number of tokens
+    PENDING_SIZE = 1  # Σk
 
     beta: torch.Tensor | None
     _pending: torch.Tensor
@@ -114,52 +123,92 @@ class ExpertBudget(FixedPrecisionModule):
         return min(since / self.expansion.ramp_steps, 1.0) if self.expansion.ramp_steps else 1.0
 
     def exact_total(self, tokens: int, step: int) -> int:
-        """Σk of a micro-batch in mode ``exact``, known on the host."""
+        """Σk of ``tokens`` tokens, whole segments, in mode ``exact``; known on the host."""
         mean_k = self.topk + self.progress(step) * (self.budget.target_mean_k - self.topk)
-        return round(tokens * mean_k)
+        segment = self.budget.segment or max(tokens, 1)
+        return tokens // segment * round(segment * mean_k)
 
-    def experts_of(self, zscore_T: torch.Tensor, step: int) -> torch.Tensor:
-        """Return k of each token, int64.
+    def experts_of(
+        self, zscore_T: torch.Tensor, step: int, batch_size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return k of each token, int64, and what it would be without ``max_rows_factor``.
 
         Args:
-            zscore_T: normalised uncertainty ẑ, finite.
+            zscore_T: normalised uncertainty ẑ, finite; tokens are ordered ``[sequence, batch]``.
             step: optimizer steps taken so far.
+            batch_size: sequences in the micro-batch.
+
+        Raises:
+            UARError: the sequence is not a whole number of segments.
         """
         budget, progress = self.budget, self.progress(step)
         bounds = (budget.k_min, budget.k_max)
         alpha = progress * budget.alpha
+        zscore_GN = self._segments(zscore_T, batch_size)
+        tokens = zscore_GN.shape[1]
         if budget.mode == "exact":
-            return exact_budget(zscore_T, alpha, bounds, self.exact_total(len(zscore_T), step))
+            k_GN = exact_budget(zscore_GN, alpha, bounds, self.exact_total(tokens, step))
+            return self._tokens(k_GN, batch_size), None
         start = self.topk + _MIDDLE[budget.rounding]
         beta = budget.beta if self.beta is None else self.beta
         beta = start + progress * (beta - start) if progress < 1.0 else beta
-        return free_budget(zscore_T, alpha, beta, bounds, budget.rounding)
+        k_T = free_budget(zscore_T, alpha, beta, bounds, budget.rounding)
+        if budget.max_rows_factor is None:
+            return k_T, None
+        wanted_G = self._segments(k_T, batch_size).sum(dim=-1)
+        most_G = wanted_G.clamp_max(math.floor(budget.max_rows_factor * self.topk * tokens))
+        trimmed_GN = exact_budget(zscore_GN, alpha, bounds, most_G)
+        # Rounding differs between the two forms: what need not be trimmed stays as Eq. 5 has it.
+        within_GN = (most_G == wanted_G).unsqueeze(-1).expand_as(trimmed_GN)
+        trimmed_T = self._tokens(trimmed_GN, batch_size)
+        return torch.where(self._tokens(within_GN, batch_size), k_T, trimmed_T), k_T
+
+    def _segments(self, of_T: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """``[tokens]``, ordered ``[sequence, batch]``, as ``[segments, tokens of a segment]``."""
+        segment = self.budget.segment
+        if segment is None:
+            return of_T.unsqueeze(0)
+        length = of_T.shape[0] // batch_size
+        if length % segment:
+            raise UARError(
+                f"uar.budget.segment: this rank has {length} tokens of a sequence, which is no "
+                f"whole number of segments of {segment} tokens\n"
+                "  remedy:  choose a segment that divides it"
+            )
+        return of_T.view(-1, segment, batch_size).transpose(1, 2).reshape(-1, segment)
+
+    def _tokens(self, of_GN: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The inverse of :meth:`_segments`."""
+        segment = self.budget.segment
+        if segment is None:
+            return of_GN.squeeze(0)
+        return of_GN.view(-1, batch_size, segment).transpose(1, 2).reshape(-1)
 
     @torch.no_grad()
     def accumulate(self, k_T: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Add a micro-batch to the mean of k; padding (``valid_T`` False) is left out."""
-        valid = torch.ones_like(k_T) if valid_T is None else valid_T.to(k_T)
-        self._pending += torch.stack(((k_T * valid).sum(), valid.sum())).double()
+        self._pending += k_T.sum() if valid_T is None else (k_T * valid_T).sum()
 
     def pending(self) -> torch.Tensor:
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
         return self._pending
 
     @torch.no_grad()
-    def commit(self, total: torch.Tensor, step: int) -> None:
+    def commit(self, total: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
         """Move β towards the target and start a new step.
 
         Args:
             total: :meth:`pending` summed over every rank that holds tokens of this layer.
+            tokens: number of those tokens, padding left out; a scalar.
             step: the optimizer step that ends; β rests while expansion has not fully set in.
         """
         if self.beta is not None and self.progress(step) == 1.0:
             budget = self.budget
-            mean_k = total[0] / total[1].clamp_min(1.0)
+            mean_k = total[0] / tokens.clamp_min(1.0)
             change = budget.gain * (budget.target_mean_k - mean_k)
             # Beyond four σ everybody is clamped: β would wind up without an effect.
             reach = 4.0 * abs(budget.alpha) + 1.0
             moved = (self.beta + change).clamp(budget.k_min - reach, budget.k_max + reach)
             # A new tensor, as in UncertaintyStatistics.commit.
-            self.beta = torch.where(total[1] > 0, moved, self.beta)
+            self.beta = torch.where(tokens > 0, moved, self.beta)
         self._pending.zero_()

@@ -109,6 +109,8 @@ class LayerBudget:
     target_mean_k: float
     rounding: str
     gain: float
+    segment: int | None = None
+    max_rows_factor: float | None = None
 
     def constant_k(self) -> int | None:
         """Return the k that every token gets at every step, or None if tokens can differ."""
@@ -130,9 +132,9 @@ class BudgetConfig(Section):
 
     mode: Literal["free", "mean", "exact"] = "free"
     """``free``: Eq. 5 as it is; the mean of k is whatever the data make it. ``mean``: β moves from
-    step to step so that the mean of k meets ``target_mean_k``. ``exact``: in each micro-batch of
-    each rank β is shifted so that the k sum to tokens · ``target_mean_k`` (β and ``rounding`` have
-    no effect). The last two are not in the paper."""
+    step to step so that the mean of k meets ``target_mean_k``. ``exact``: in each ``segment`` β is
+    shifted so that the k sum to tokens · ``target_mean_k`` (β and ``rounding`` have no effect). The
+    last two are not in the paper."""
     alpha: PerLayer = 1.0
     """α (the paper's Table 3: a), experts per σ of uncertainty; 0 gives every token the same k."""
     beta: PerLayer = 2.0
@@ -147,6 +149,14 @@ class BudgetConfig(Section):
     """``floor`` is printed in Eq. 5; it yields fewer experts than Table 3 reports (see README)."""
     gain: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Mode ``mean``: the part of the last step's offset from the target that β is moved by."""
+    segment: Annotated[int, Field(ge=1)] | None = None
+    """Consecutive tokens of one sequence in which ``exact`` and ``max_rows_factor`` count. None:
+    all tokens that a rank has of a micro-batch, so that k depends on the micro-batch size and on
+    how tensor and context parallelism cut the sequence; with a segment no layout changes k."""
+    max_rows_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Modes ``free`` and ``mean``: Σk may not exceed this times tokens · ``moe_router_topk``, which
+    bounds what a rank sends to experts. Above it β is lowered for that segment: the expansions of
+    the least uncertain tokens go first, and the run log counts them. None for no bound."""
 
     def layers(self, count: int, topk: int) -> list[LayerBudget]:
         """Return the budget of each of ``count`` MoE layers.
@@ -176,11 +186,15 @@ class BudgetConfig(Section):
                 target_mean_k=values["target_mean_k"][i],
                 rounding=self.rounding,
                 gain=self.gain,
+                segment=self.segment,
+                max_rows_factor=self.max_rows_factor,
             )
             for i in range(count)
         ]
         for i, budget in enumerate(budgets):
-            self._check(budget, f" in MoE layer {i + 1} of {count}" if count > 1 else "")
+            where = f" in MoE layer {i + 1} of {count}" if count > 1 else ""
+            self._check(budget, where)
+            _check_rows(budget, where, topk)
         return budgets
 
     def _check(self, budget: LayerBudget, where: str) -> None:
@@ -202,6 +216,32 @@ class BudgetConfig(Section):
                 allowed=f"{low} … {high}",
                 remedy="it is moe_router_topk unless set",
             )
+
+
+def _check_rows(budget: LayerBudget, where: str, topk: int) -> None:
+    target, segment = budget.target_mean_k, budget.segment
+    if budget.mode == "exact" and segment and not (segment * target).is_integer():
+        raise ConfigError(
+            "uar.budget.segment",
+            f"{segment} tokens · {target:g} experts{where} is no whole number",
+            allowed="a segment in which target_mean_k can be met exactly",
+        )
+    if budget.max_rows_factor is None:
+        return
+    least = budget.k_min if budget.mode == "free" else max(budget.k_min, target)
+    if budget.mode == "exact":
+        raise ConfigError(
+            "uar.budget.max_rows_factor",
+            f"{budget.max_rows_factor:g} in mode exact, whose number of rows is constant",
+            remedy="remove it; target_mean_k is the number of rows per token",
+        )
+    if budget.max_rows_factor * topk < least:
+        raise ConfigError(
+            "uar.budget.max_rows_factor",
+            f"{budget.max_rows_factor:g} · moe_router_topk = {budget.max_rows_factor * topk:g} "
+            f"rows per token is less than k_min or target_mean_k = {least:g}{where}",
+            allowed=f"{least / topk:g} or more",
+        )
 
 
 def _per_layer(name: str, value: float | list[Any] | Schedule, count: int) -> list[float]:
@@ -316,6 +356,9 @@ class UARConfig(Section):
     """Aux-loss-free bias."""
     states: StatesConfig = StatesConfig()
     """Borders of the routing states."""
+    consistency_interval: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps between comparisons of the routing state of all ranks that share a layer; a
+    run whose ranks disagree stops and names them. The first step is compared too; 0 for never."""
 
 
 def parse_section[AnySection: Section](

@@ -37,8 +37,10 @@ class RoutingDecision:
         probs_TE: combination weights in the logits' dtype, 0 where a token is not routed.
         routing_map_TE: bool, True where a token is dispatched to an expert.
         k_T: experts of each token (int64), the row sums of ``routing_map_TE``.
+        wanted_k_T: what k would be without a bound on the rows, or None where there is none.
     """
 
     probs_TE: torch.Tensor
     routing_map_TE: torch.Tensor
     k_T: torch.Tensor
+    wanted_k_T: torch.Tensor | None = None

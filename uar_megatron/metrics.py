@@ -18,7 +18,12 @@ LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 # Σ energy·energy = ΣF², Σ high_entropy·high_energy = tokens in the vacuum.
 _ROWS = ("counted", "energy", "entropy", "zscore", "omega", "high_entropy", "high_energy")
 _ROW = {name: i for i, name in enumerate(_ROWS)}
-_SCALARS = ("valid", "rows", *(f"{part}_{loss}" for loss in LOSSES for part in ("sum", "terms")))
+_SCALARS = (
+    "valid",
+    "rows",
+    "trimmed",
+    *(f"{part}_{loss}" for loss in LOSSES for part in ("sum", "terms")),
+)
 _INDEX = {name: len(_ROWS) ** 2 + i for i, name in enumerate(_SCALARS)}
 _SUMS = len(_ROWS) ** 2 + len(_SCALARS)
 
@@ -125,6 +130,10 @@ class LayerMetrics:
         """Add the rows that this rank's experts computed for one micro-batch."""
         self._step_sums[_INDEX["rows"]] += rows
 
+    def add_trimmed(self, slots: torch.Tensor) -> None:
+        """Add the slots of one micro-batch that ``budget.max_rows_factor`` took away."""
+        self._step_sums[_INDEX["trimmed"]] += slots
+
     def end_step(self) -> None:
         """Close an optimizer step: its load per expert is kept apart, for MaxVio per batch."""
         if self.has_reader:
@@ -219,5 +228,6 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
             if sums[f"terms_{loss}"] > 0
         },
         "rows": sums["rows"] / steps,
+        "trimmed": sums["trimmed"] / steps,
         "nonfinite": int(sums["valid"] - counted),
     }

@@ -160,6 +160,11 @@ class UncertaintyStatistics(FixedPrecisionModule):
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
         return self._pending
 
+    @staticmethod
+    def tokens(total: torch.Tensor) -> torch.Tensor:
+        """The number of tokens in a sum of :meth:`pending`, finite or not; padding is left out."""
+        return total[2] + total[3]
+
     def nonfinite_tokens(self) -> int:
         """Non-finite tokens since the last commit on this rank; waits for the device."""
         return int(self._pending[-1])

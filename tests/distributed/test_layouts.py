@@ -1,15 +1,148 @@
-"""Layouts that the other tests do not use."""
+"""The layout of the cluster does not change what is learned.
+
+Every layout starts from one checkpoint (Megatron draws initial weights per layout) and takes 20
+steps on the same global batches as a single rank.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from jobs import train
+from jobs import losses, train
 
 from uar_megatron.reporting.runlog import read_run
 
 pytestmark = pytest.mark.slow
+
+TP2 = ("tensor_model_parallel_size=2", "sequence_parallel=true")
+EP2 = ("expert_model_parallel_size=2",)
+PP2 = ("pipeline_model_parallel_size=2",)
+# Megatron pads the vocabulary to a multiple of the divisor × TP, and the loss sees the padding.
+VOCABULARY = "make_vocab_size_divisible_by=32"
+MODEL = (
+    VOCABULARY,
+    *("num_layers=4", 'moe_layer_freq="[0]+[1]*3"', "moe_z_loss_coeff=0.001", "uar.policy=uar"),
+    *("uar.budget.alpha=1.5", "uar.budget.k_max=6", "uar.bias.enabled=true"),
+    *("uar.clb.enabled=true", "uar.clb.start_step=5", "uar.clb.warmup_steps=10"),
+)
+# Each micro-batch of each data-parallel rank is balanced by itself, and so is each sequence.
+LOSSES = (
+    "moe_router_load_balancing_type=[aux_loss,seq_aux_loss]",
+    "moe_aux_loss_coeff=[0.01,0.02]",
+)
+PER_SEQUENCE = ("moe_router_load_balancing_type=seq_aux_loss", "moe_aux_loss_coeff=0.02")
+MEAN = ("uar.budget.mode=mean", "uar.budget.target_mean_k=2.5", *LOSSES)
+BUDGETS = {
+    "mean": MEAN,
+    "exact": ("uar.budget.mode=exact", "uar.budget.segment=8", *PER_SEQUENCE),
+    "bounded": (
+        *("uar.budget.mode=free", "uar.budget.max_rows_factor=1.1", "uar.budget.beta=2.5"),
+        *("uar.budget.segment=16", *PER_SEQUENCE),
+    ),
+    "batch": ("uar.statistics.mode=batch", "micro_batch_size=4", *LOSSES),
+}
+LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "DP2": ("mean", 2, ()),
+    "DP4, distributed optimizer": ("mean", 4, ("use_distributed_optimizer=true",)),
+    "EP2": ("mean", 2, EP2),
+    "EP2, allgather": ("mean", 2, (*EP2, "moe_token_dispatcher_type=allgather")),
+    "EP4": ("mean", 4, ("expert_model_parallel_size=4",)),
+    "TP2, expert TP2": ("mean", 2, TP2),
+    "TP2, EP2": ("mean", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
+    "TP2 × EP2": ("mean", 4, (*TP2, *EP2)),
+    "PP2": ("mean", 2, PP2),
+    "PP2 in 2 virtual stages": (
+        "mean",
+        2,
+        (*PP2, "num_layers_per_virtual_pipeline_stage=1", "no_overlap_p2p_communication=true"),
+    ),
+    "PP2 × EP2": ("mean", 4, (*PP2, *EP2)),
+    "exact, micro-batch 1": ("exact", 1, ("micro_batch_size=1",)),
+    "exact, TP2 × EP2, micro-batch 4": ("exact", 4, (*TP2, *EP2, "micro_batch_size=4")),
+    "bounded, TP2, micro-batch 1": ("bounded", 2, (*TP2, "micro_batch_size=1")),
+    # The batch's own statistics are those of micro_batch_size × data-parallel ranks.
+    "batch, EP2": ("batch", 2, (*EP2, "micro_batch_size=2")),
+    "batch, TP2": ("batch", 2, (*TP2, "micro_batch_size=4")),
+}
+FROM = ("no_load_optim=true", "no_load_rng=true", "train_iters=23")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of step 3, written by a single rank."""
+    run_dir = tmp_path_factory.mktemp("start")
+    train(1, run_dir, *MODEL, *MEAN, "train_iters=3", "save_interval=3")
+    return f"load={run_dir}/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def alone(start: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each budget the run of a single rank."""
+    folders = {}
+    for name, budget in BUDGETS.items():
+        folders[name] = tmp_path_factory.mktemp("alone")
+        train(1, folders[name], *MODEL, *budget, start, *FROM)
+    return folders
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_nothing(
+    layout: str, start: str, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """Losses to 1e-6, decisions exactly: k, expert loads, ω, bias, β, statistics, gradient norm."""
+    budget, ranks, options = LAYOUTS[layout]
+    train(ranks, tmp_path, *MODEL, *BUDGETS[budget], start, *FROM, *options)
+    expected = read_run(alone[budget] / "run.jsonl").steps
+    found = read_run(tmp_path / "run.jsonl").steps
+    assert [s.step for s in found] == [s.step for s in expected] == list(range(4, 24))
+    for ours, single in zip(found, expected, strict=True):
+        assert ours.loss == pytest.approx(single.loss, rel=1e-6)
+        assert ours.grad_norm == pytest.approx(single.grad_norm, rel=1e-5)
+        for a, b in zip(ours.layers, single.layers, strict=True):
+            assert (a.layer, a.k_histogram, a.load) == (b.layer, b.k_histogram, b.load), ours.step
+            assert (a.trimmed, a.rows, a.bias_max_abs) == (b.trimmed, b.rows, b.bias_max_abs)
+            for name in ("beta", "omega_mean", "zscore_std", "energy_mean", "entropy_mean"):
+                assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5, abs=1e-6), name
+            for loss, value in b.balancing_loss.items():
+                assert a.balancing_loss[loss] == pytest.approx(value, rel=1e-5)
+    if budget == "exact":
+        assert all(len({layer.k_eff for layer in s.layers} | {2.0}) == 1 for s in found)
+    if budget == "bounded":
+        assert any(layer.trimmed > 0 for s in found for layer in s.layers)
+
+
+CHAINS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
+    "plain": (
+        (2, EP2),
+        (4, ("expert_model_parallel_size=4",)),
+        (1, ()),
+        (2, TP2),
+        (4, (*PP2, *EP2)),
+        (1, ()),
+    ),
+    "distributed optimizer": ((2, ()), (2, (*TP2, *EP2)), (1, ())),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
+    chain: str, tmp_path: Path
+) -> None:
+    """Optimizer state included, against a run of a single rank."""
+    common = (*MODEL, *MEAN, "save_interval=3", "no_load_rng=true")
+    if chain == "distributed optimizer":
+        common += ("use_distributed_optimizer=true", "dist_ckpt_optim_fully_reshardable=true")
+    links = ((1, ()), *CHAINS[chain])
+    common += (f"train_iters={3 * len(links)}",)
+    straight = train(1, tmp_path / "straight", *common)
+    for i, (ranks, layout) in enumerate(links, start=1):
+        train(ranks, tmp_path / "chain", *common, *layout, f"exit_interval={3 * i}")
+    found = losses(tmp_path / "chain")
+    assert found == pytest.approx(straight, rel=1e-6)
+    ours, single = (read_run(tmp_path / d / "run.jsonl").steps for d in ("chain", "straight"))
+    for a, b in zip(ours, single, strict=True):
+        assert [layer.load for layer in a.layers] == [layer.load for layer in b.layers], a.step
 
 
 def test_a_pipeline_stage_without_moe_layers(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from moe_cases import (  # noqa: E402
     uar_layer,
 )
 
+from uar_megatron.errors import TrainingError  # noqa: E402
+from uar_megatron.mcore.guard import ConsistencyGuard  # noqa: E402
 from uar_megatron.mcore.step import commit  # noqa: E402
 from uar_megatron.mcore.tracker import RoutingTracker  # noqa: E402
 
@@ -80,6 +82,57 @@ def statistics() -> None:
         everybody = [torch.empty_like(value) for _ in range(dist.get_world_size())]
         dist.all_gather(everybody, value.contiguous())
         assert all(torch.equal(other, value) for other in everybody)
+
+
+def disagreement() -> None:
+    """One bit of one rank's state stops every rank, with the tensor, the ranks and the values."""
+    uar = {"policy": "uar", "bias": {"enabled": True}, "budget": {"mode": "mean"}}
+    config = transformer_config()
+    layer = uar_layer(config, uar, like=stock_layer(config))
+    router = layer.router
+    rank = dist.get_rank()
+
+    def outcome(steps: int, interval: int = 2, routers: list | None = None) -> str:
+        guard = ConsistencyGuard(interval)
+        try:
+            for step in range(1, steps + 1):
+                guard.on_step(
+                    [router] if routers is None else routers, functools.partial(int, step)
+                )
+        except TrainingError as error:
+            return str(error)
+        return ""
+
+    assert outcome(5) == ""
+    state = {
+        "weight": router.weight.data,
+        "uar_bias.value": router.uar_bias.value,
+        "uar_statistics.var": router.uar_statistics.var,
+        "uar_policy.beta": router.uar_policy.beta,
+        "uar_step": router.uar_step,
+    }
+    for name, tensor in state.items():
+        kept = tensor.clone()
+        flat = tensor.view(-1)
+        if rank == 1:
+            flat[-1] = (
+                flat[-1] + 1 if name == "uar_step" else torch.nextafter(flat[-1], flat[-1] + 1)
+            )
+        message = outcome(1)
+        assert f"step 1: ranks do not agree on {name}[{len(flat) - 1}] of layer 1" in message, (
+            message
+        )
+        assert "on rank 0; " in message
+        assert "1 of 8 tensors differ" in message
+        assert outcome(1, interval=0) == ""
+        tensor.copy_(kept)
+    # Entries that change places have the same sum.
+    router.uar_bias.value.copy_(torch.arange(8.0).roll(rank))
+    assert "uar_bias.value" in outcome(1)
+    # A pipeline stage without routers takes part.
+    alone = [dist.new_group([r]) for r in range(2)]
+    router.tp_dp_cp_group = alone[rank]
+    assert outcome(1, routers=[router] if rank else []) == ""
 
 
 def expert_parallel_parity() -> None:

@@ -62,7 +62,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "uar.expansion.ramp_steps",
     ),
-    (AE, {"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type"),
+    (AE, {"moe_ncclep_static_shape": True}, "moe_ncclep_static_shape"),
     (AE, {"moe_router_fusion": True}, "moe_router_fusion"),
     (AE, {"moe_enable_routing_replay": True}, "moe_enable_routing_replay"),
     (AE, {LOAD: "sinkhorn"}, LOAD),

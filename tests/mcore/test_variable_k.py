@@ -118,7 +118,7 @@ def test_weights_are_megatrons_for_the_same_number_of_experts(
     )
     logits = torch.randn(40, 8)
     uncertainty = layer.router.uar_statistics.measure(logits)
-    decision = layer.router.policy.route(logits, uncertainty, None, step=1)
+    decision = layer.router.policy.route(logits, uncertainty, None, step=1, batch_size=1)
     for k in range(2, 6):
         fixed, fixed_map = layer.router._fixed_topk(logits, k)
         same = decision.k_T == k

@@ -35,7 +35,7 @@ class MaskedBalancingRouter(TopKRouter):
         scores_TE: torch.Tensor,
         routed_TE: torch.Tensor,
         omega_T: torch.Tensor,
-        valid_tokens: int | torch.Tensor,
+        valid_tokens: torch.Tensor,
         batch_size: int,
         epsilon: float,
     ) -> torch.Tensor:
@@ -45,12 +45,17 @@ class MaskedBalancingRouter(TopKRouter):
         above its capacity must not look balanced. ``global_aux_loss`` takes its loads from the
         running mean over the micro-batches of the step and all data-parallel ranks, as in Megatron.
 
+        Under ``calculate_per_token_loss`` Megatron multiplies the loss by the ranks' tokens, which
+        its averaging divides out again. Where ranks that share a sequence differ in padding, only
+        their mean number is right for all of them (Megatron itself takes their sum there, since
+        moe_utils.py:272 reduces in place).
+
         Args:
             probs_TE: what the losses are attached to.
             scores_TE: normalised scores p (differentiable), padding rows 0.
             routed_TE: routed map, padding rows False.
             omega_T: ω of each token, 1 without a mask; padding 0.
-            valid_tokens: tokens of this rank that are no padding, for ``calculate_per_token_loss``.
+            valid_tokens: tokens of this rank that are no padding, ``[1]``.
             batch_size: sequences in the micro-batch; tokens are ordered ``[sequence, batch]``.
             epsilon: ε of Eq. 6.
 
@@ -66,10 +71,11 @@ class MaskedBalancingRouter(TopKRouter):
             group = self.tp_dp_cp_group if loss_type.is_global else self.tp_cp_group
             slots_BE = routed_TE.view(-1, parts, experts).sum(dim=0).float()
             omega_SB = omega_T.view(-1, parts)
-            shared = torch.cat((slots_BE.flatten(), omega_SB.sum(dim=0)))
+            shared = torch.cat((slots_BE.flatten(), omega_SB.sum(dim=0), valid_tokens))
             if group.size() > 1:
                 torch.distributed.all_reduce(shared, group=group)
-            slots_BE = shared[:-parts].view(parts, experts)
+            slots, omega_B, all_valid = shared.split((parts * experts, parts, 1))
+            slots_BE = slots.view(parts, experts)
             if loss_type.is_global:
                 self.global_tokens_per_expert += slots_BE[0]
                 self.ga_steps += 1
@@ -78,7 +84,7 @@ class MaskedBalancingRouter(TopKRouter):
                 scores_TE.view(-1, parts, experts),
                 omega_SB,
                 slots_BE,
-                shared[-parts:],
+                omega_B,
                 coeff,
                 epsilon,
             )
@@ -89,6 +95,6 @@ class MaskedBalancingRouter(TopKRouter):
                 loss_type.logged_as,
                 group,
                 needs_dp_avg=not loss_type.is_global,
-                valid_token_count=valid_tokens,
+                valid_token_count=all_valid[0] / group.size(),
             )
         return probs_TE

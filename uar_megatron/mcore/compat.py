@@ -70,6 +70,9 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+    _DeepepManager,
+    _NCCLEPManager,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
@@ -80,12 +83,15 @@ __all__ = [
     "GPTDatasetConfig",
     "MoEAllGatherTokenDispatcher",
     "MoEAlltoAllTokenDispatcher",
+    "MoEFlexTokenDispatcher",
     "MoELayer",
     "MoESubmodules",
     "MockGPTDataset",
     "SequentialMLP",
     "TopKRouter",
     "TransformerBlockSubmodules",
+    "_DeepepManager",
+    "_NCCLEPManager",
     "add_megatron_arguments",
     "apply_router_token_dropping",
     "check_megatron_version",
@@ -94,6 +100,7 @@ __all__ = [
     "current_iteration",
     "default_layer_spec",
     "finalize_model_grads",
+    "flex_backend_is_installed",
     "get_default_pg_collection",
     "get_gpt_decoder_block_spec",
     "keep_state_over_reruns",
@@ -127,6 +134,22 @@ def default_layer_spec(config: Any, vp_stage: int | None) -> Any:
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+
+
+def flex_backend_is_installed(backend: str) -> bool:
+    """Whether Megatron found the library that a backend of its flex dispatcher needs.
+
+    Args:
+        backend: a value of ``moe_flex_dispatcher_backend``.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    entries = {
+        "deepep": token_dispatcher.fused_dispatch,
+        "hybridep": token_dispatcher.hybrid_ep_dispatch,
+        "ncclep": token_dispatcher.nccl_ep_dispatch,
+    }
+    return entries[backend] is not None
 
 
 def current_global_batch_size() -> int:

@@ -36,6 +36,8 @@ and ``reduce_scatter``
                                                        compiled helpers and no Makefile
 ``DistributedOptimizer.state_dict`` and                expects FusedAdam's layout (one step count
 ``load_state_dict``, without apex and TE               per group) when it loads
+``WrappedTorchNorm`` with sequence parallelism          asserts it is off; its own norms for it are
+                                                       TE's and apex's
 a warning of ``megatron.core.tensor_parallel.random``  warns when the CPU generator moves while the
                                                        GPU's is in use; here both are one
 =====================================================  ============================================
@@ -44,6 +46,7 @@ a warning of ``megatron.core.tensor_parallel.random``  warns when the CPU genera
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import sys
@@ -423,6 +426,30 @@ def _replace_in_megatron() -> None:
         training.initialize_megatron, allow_no_cuda=True
     )
     _replace_adam_step_count()
+    _replace_norm()
+
+
+def _replace_norm() -> None:
+    """Let torch's norms be used with sequence parallelism, which Megatron asserts is off.
+
+    All they lack is the mark by which Megatron sums the gradients of weights that each
+    tensor-parallel rank sees a part of the sequence with (finalize_model_grads.py:452).
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build = WrappedTorchNorm.__new__
+
+    def with_sequence_parallelism(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return build(cls, config, *args, **kwargs)
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        norm = build(cls, whole, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    WrappedTorchNorm.__new__ = with_sequence_parallelism
 
 
 def _replace_adam_step_count() -> None:

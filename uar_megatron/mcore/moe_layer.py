@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from uar_megatron.mcore.compat import MoELayer, MoESubmodules, get_default_pg_collection
+from uar_megatron.mcore.flex_dispatcher import slot_bounds
+from uar_megatron.mcore.options import varies
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.token_dispatcher import (
     VARIABLE_K_DISPATCHERS,
@@ -40,13 +42,20 @@ class UARMoELayer(MoELayer):
             router = functools.partial(submodules.router, layer_number=layer_number)
             submodules = dataclasses.replace(submodules, router=router)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        if self.router.policy.fixed_k != config.moe_router_topk:
+        is_stock = self.router.policy.fixed_k == config.moe_router_topk
+        slots = {}
+        if config.moe_token_dispatcher_type == "flex":
+            # NCCL-EP has one width for all layers, those of stock's k included.
+            is_stock = is_stock and not varies(self.router.uar, config)
+            slots["slots"] = slot_bounds(self.router.uar, config)
+        if not is_stock:
             dispatcher = VARIABLE_K_DISPATCHERS[config.moe_token_dispatcher_type]
             self.token_dispatcher = dispatcher(
                 self.num_local_experts,
                 self.local_expert_indices,
                 config=config,
                 pg_collection=pg_collection,
+                **slots,
             )
             if isinstance(self.token_dispatcher, UARAlltoAllTokenDispatcher):
                 self.token_dispatcher.total_slots = self._total_slots

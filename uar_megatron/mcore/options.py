@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.depth import moe_layers
+from uar_megatron.mcore.flex_dispatcher import check_flex
 
 Refused = Literal["never", "variable k", "acting", "always"]
 
@@ -51,6 +52,12 @@ def _captured(args: Any) -> set[str]:
 
 def _set(*names: str) -> Callable[[Any], object]:
     return lambda args: any(getattr(args, name, None) for name in names)
+
+
+def _wants_a_budget(args: Any) -> bool:
+    is_hybridep = getattr(args, "moe_flex_dispatcher_backend", None) != "ncclep"
+    budget = getattr(args, "moe_expert_rank_capacity_factor", None)
+    return bool(getattr(args, "moe_paged_stash", None)) or (is_hybridep and budget is not None)
 
 
 _TOPK = "use uar.policy=topk without clb, bias and weights for this run"
@@ -144,10 +151,13 @@ OPTIONS = (
         _TOPK,
         _set("moe_enable_routing_replay"),
     ),
-    Option(("moe_token_dispatcher_type",), "never", "alltoall, allgather: exactly Σk rows move"),
+    Option(
+        ("moe_token_dispatcher_type",),
+        "never",
+        "alltoall, allgather, flex: exactly Σk rows move; flex has not yet been run on hardware",
+    ),
     Option(
         (
-            "moe_token_dispatcher_type",
             "moe_flex_dispatcher_backend",
             "moe_enable_deepep",
             "moe_flex_dispatcher_num_sms",
@@ -158,14 +168,17 @@ OPTIONS = (
             "moe_hybridep_num_sms_preprocessing",
             "moe_hybridep_pad_uneven_dispatch_inputs",
             "moe_permute_fusion_into_hybridep",
-            "moe_ncclep_static_shape",
-            "moe_ncclep_zero_copy",
         ),
-        "variable k",
-        "the flex dispatcher's backends take K experts from every token",
-        "use moe_token_dispatcher_type=alltoall (or allgather)",
-        lambda args: args.moe_token_dispatcher_type not in ("alltoall", "allgather"),
-        "flex",
+        "never",
+        "with deepep and ncclep K_max (times the expert tensor parallel size) is at most 32; "
+        "tested with stand-ins for the libraries over gloo, not yet on hardware",
+    ),
+    Option(
+        ("moe_ncclep_static_shape", "moe_ncclep_zero_copy"),
+        "acting",
+        "experts are handed the whole receive buffer: the rows they compute cannot be counted",
+        "remove it",
+        _set("moe_ncclep_static_shape", "moe_ncclep_zero_copy"),
     ),
     Option(("moe_permute_fusion",), "never", "takes the number of rows; needs Transformer Engine"),
     Option(
@@ -257,6 +270,11 @@ OPTIONS = (
         _set("moe_pad_experts_for_cuda_graph_inference"),
     ),
     Option(
+        ("moe_expert_rank_capacity_factor",),
+        "never",
+        "with ncclep: of K_max experts per token, of `target_mean_k` in `budget.mode: exact`",
+    ),
+    Option(
         (
             "moe_expert_rank_capacity_factor",
             "moe_paged_stash",
@@ -265,9 +283,9 @@ OPTIONS = (
             "moe_paged_stash_page_size",
         ),
         "acting",
-        "receive buffers hold K experts per token, and the retry repeats the step boundary",
+        "HybridEP drops what its budget does not hold, and the retry repeats the step boundary",
         "remove it; recompute_modules=[moe] saves memory too",
-        _set("moe_expert_rank_capacity_factor", "moe_paged_stash"),
+        _wants_a_budget,
     ),
     Option(
         (
@@ -324,6 +342,7 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
 
     Raises:
         ConfigError: naming the option, why it is refused and what to do.
+        UnsupportedEnvironmentError: the library of the chosen dispatcher is not installed.
     """
     experts = args.num_experts if hasattr(args, "num_experts") else args.num_moe_experts
     if experts is None:
@@ -333,6 +352,7 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
             remedy="set num_experts, or train without this plugin",
         )
     _check_budget(uar, args, experts)
+    _check_segment(uar, args)
     _check_sections(uar, args)
     applies = {
         "never": False,
@@ -344,6 +364,7 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
         if option.in_use is not None and applies[option.refused] and option.in_use(args):
             name, value = option.names[0], option.value and f"={option.value}"
             raise ConfigError(name, f"{name}{value}: {option.note}", remedy=option.remedy)
+    check_flex(uar, args)
 
 
 def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
@@ -380,6 +401,22 @@ def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
                 f"{budget.k_min} … k_max = {budget.k_max}",
                 remedy="widen the bounds, or set ramp_steps: 0",
             )
+
+
+def _check_segment(uar: UARConfig, args: Any) -> None:
+    length, segment = getattr(args, "seq_length", None), uar.budget.segment
+    if uar.policy != "uar" or segment is None or length is None:
+        return
+    # Context parallelism gives each rank two pieces of every sequence, so that work is even.
+    pieces = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    pieces *= args.tensor_model_parallel_size
+    if length % (pieces * segment):
+        raise ConfigError(
+            "uar.budget.segment",
+            f"{segment}, but this layout cuts sequences of {length} tokens into {pieces} pieces, "
+            f"which are no whole number of segments",
+            allowed=f"a divisor of {length // pieces}",
+        )
 
 
 def _check_sections(uar: UARConfig, args: Any) -> None:

@@ -156,7 +156,7 @@ class UARRouter(MaskedBalancingRouter):
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
         # Megatron's own bias, or ours; never both.
         bias_E = self.expert_bias if self.uar_bias is None else self.uar_bias.value
-        routed = self.policy.route(logits_TE, uncertainty, bias_E, self.step)
+        routed = self.policy.route(logits_TE, uncertainty, bias_E, self.step, batch_size)
         routed_TE = routed.routing_map_TE
         if valid_T is not None:
             routed_TE = routed_TE & valid_T.unsqueeze(-1)
@@ -178,12 +178,13 @@ class UARRouter(MaskedBalancingRouter):
                 logits_TE, self.topk, self.score_function, padding_mask=padding_T
             )
             weight_T = scores_TE.new_ones(scores_TE.shape[0]) if omega_T is None else omega_T
+            is_valid_T = torch.ones_like(weight_T) if valid_T is None else valid_T
             probs_TE = self.attach_balancing_losses(
                 probs_TE,
                 scores_TE,
                 routed_TE,
-                weight_T if valid_T is None else weight_T * valid_T,
-                scores_TE.shape[0] if valid_T is None else valid_T.sum(),
+                weight_T * is_valid_T,
+                is_valid_T.sum(dim=0, keepdim=True),
                 batch_size,
                 self.uar.clb.epsilon,
             )
@@ -228,6 +229,9 @@ class UARRouter(MaskedBalancingRouter):
             self.uar_bias.accumulate(routed_TE, uncertainty, theta, self.uar.clb)
         # Padding to capacity dispatches slots that nobody was routed to.
         self.metrics.add(uncertainty, dispatched_TE & routed_TE, omega_T, valid_T)
+        if routed.wanted_k_T is not None:
+            trimmed_T = routed.wanted_k_T - routed.k_T
+            self.metrics.add_trimmed((trimmed_T if valid_T is None else trimmed_T * valid_T).sum())
 
     def pending(self) -> torch.Tensor:
         """This rank's sums of the step: statistics, then bias and policy; float64."""
@@ -246,7 +250,7 @@ class UARRouter(MaskedBalancingRouter):
             loads_E, rest = rest.tensor_split([self.num_experts])
             self.uar_bias.commit(loads_E)
         if self.uar_policy is not None:
-            self.uar_policy.commit(rest, self.step)
+            self.uar_policy.commit(rest, UncertaintyStatistics.tokens(statistics), self.step)
         if not self.is_off:
             # Schedules count from where UAR was switched on.
             self._host_step = self.step + 1

@@ -26,6 +26,7 @@ from uar_megatron.mcore.compat import (
     transform_mtp_specs,
 )
 from uar_megatron.mcore.experts import TorchGroupedMLP
+from uar_megatron.mcore.guard import check_same_section
 from uar_megatron.mcore.moe_layer import UARMoELayer
 from uar_megatron.mcore.options import check_compatible
 from uar_megatron.mcore.router import UARRouter
@@ -45,7 +46,8 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
         uar: the UAR section, or the path of a YAML file that holds it.
 
     Raises:
-        ConfigError: the section is invalid, or does not go with Megatron's configuration.
+        ConfigError: the section is invalid, is not the same on all ranks, or does not go with
+            Megatron's configuration.
     """
     transform_mtp_specs(_with_uar_mtp)
     start_missing_state_fresh(".uar_")
@@ -55,9 +57,13 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
         transformer = getattr(config, "transformer", config)
         # The arguments know more than the configuration that is made of them.
         check_compatible(config_of_uar, training_arguments() or transformer)
+        if torch.distributed.is_initialized():
+            check_same_section(config_of_uar)
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
         if not isinstance(finalize, StepBoundary):
-            transformer.finalize_model_grads_func = StepBoundary(finalize)
+            transformer.finalize_model_grads_func = StepBoundary(
+                finalize, config_of_uar.consistency_interval
+            )
         return with_uar_routers(default_layer_spec(config, vp_stage), config_of_uar)
 
     return layer_spec

@@ -11,6 +11,7 @@ import torch
 
 from uar_megatron.errors import TrainingError
 from uar_megatron.mcore.compat import current_iteration, keep_state_over_reruns, stops_at_nan
+from uar_megatron.mcore.guard import ConsistencyGuard
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.uncertainty import UncertaintyStatistics
 
@@ -29,10 +30,12 @@ class StepBoundary:
 
     Args:
         finalize: the function to wrap, Megatron's own or somebody's.
+        consistency_interval: steps between comparisons of the ranks' routing state, 0 for never.
     """
 
-    def __init__(self, finalize: Callable[..., Any]) -> None:
+    def __init__(self, finalize: Callable[..., Any], consistency_interval: int) -> None:
         self.finalize = finalize
+        self.guard = ConsistencyGuard(consistency_interval)
         self._watch: NonFiniteWatch | None = None
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +43,7 @@ class StepBoundary:
 
         Raises:
             TrainingError: a router met a token whose energy or entropy is not finite, and Megatron
-                was told not to stop at such things.
+                was told not to stop at such things; or ranks do not agree on a router's state.
         """
         result = self.finalize(model, *args, **kwargs)
         routers = routers_of(model)
@@ -52,6 +55,7 @@ class StepBoundary:
                     functools.partial(_restore, routers),
                 )
             self._watch.look(commit(routers))
+        self.guard.on_step(routers, current_iteration)
         return result
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from uar_megatron.mcore.compat import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from uar_megatron.mcore.flex_dispatcher import UARFlexTokenDispatcher
 
 
 class UARAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -50,4 +51,5 @@ class UARAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 VARIABLE_K_DISPATCHERS = {
     "alltoall": UARAlltoAllTokenDispatcher,
     "allgather": MoEAllGatherTokenDispatcher,
+    "flex": UARFlexTokenDispatcher,
 }

@@ -73,11 +73,12 @@ class PolicyState(Protocol):
         """This rank's sums since the last commit, float64, one-dimensional."""
         ...
 
-    def commit(self, total: torch.Tensor, step: int) -> None:
+    def commit(self, total: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
         """Move the state by the sums of all ranks and start a new step.
 
         Args:
             total: :meth:`pending` summed over every rank that holds tokens of this layer.
+            tokens: number of those tokens, padding left out; a scalar.
             step: the optimizer step that ends.
         """
         ...
@@ -112,6 +113,7 @@ class RoutingPolicy(Protocol):
         uncertainty: Uncertainty,
         bias_E: torch.Tensor | None,
         step: int,
+        batch_size: int,
     ) -> RoutingDecision:
         """Decide.
 
@@ -120,5 +122,6 @@ class RoutingPolicy(Protocol):
             uncertainty: of the same tokens.
             bias_E: selection bias, added to the scores for choosing but not for weighting.
             step: optimizer steps taken so far.
+            batch_size: sequences in the micro-batch; tokens are ordered ``[sequence, batch]``.
         """
         ...

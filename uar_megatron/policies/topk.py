@@ -32,6 +32,7 @@ class TopKPolicy:
         uncertainty: Uncertainty,
         bias_E: torch.Tensor | None,
         step: int,
+        batch_size: int,
     ) -> RoutingDecision:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         return route_fixed_k(logits_TE, self.max_k, bias_E, self.settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from uar_megatron.budget import ExpertBudget
@@ -46,13 +48,15 @@ class UARPolicy:
         uncertainty: Uncertainty,
         bias_E: torch.Tensor | None,
         step: int,
+        batch_size: int,
     ) -> RoutingDecision:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         k = self.settings.topk if self._is_waiting(step) else self.fixed_k
         if k is not None:
             return route_fixed_k(logits_TE, k, bias_E, self.settings)
-        k_T = self.budget.experts_of(uncertainty.zscore_T, step)
-        return route_variable_k(logits_TE, k_T, self.max_k, bias_E, self.settings)
+        k_T, wanted_k_T = self.budget.experts_of(uncertainty.zscore_T, step, batch_size)
+        routed = route_variable_k(logits_TE, k_T, self.max_k, bias_E, self.settings)
+        return dataclasses.replace(routed, wanted_k_T=wanted_k_T)
 
     def _is_waiting(self, step: int) -> bool:
         return self.budget.progress(step) == 0.0

@@ -65,6 +65,8 @@ class LayerMetrics(BaseModel):
     """β as steered by the budget mode ``mean``; None in the others."""
     rows: float
     """Rows computed by experts, all ranks, per optimizer step."""
+    trimmed: float = 0.0
+    """Slots that ``budget.max_rows_factor`` took away, all ranks, per optimizer step."""
     nonfinite: int
     """Tokens whose energy or entropy was not finite."""
 
