@@ -82,8 +82,6 @@ class ExpertBudget(FixedPrecisionModule):
         device: where ``beta`` lives.
     """
 
-    PENDING_SIZE = 1  # Σk
-
     beta: torch.Tensor | None
     _pending: torch.Tensor
 
@@ -107,7 +105,7 @@ class ExpertBudget(FixedPrecisionModule):
             self.beta = torch.tensor(budget.beta, dtype=torch.float64, device=device)
         self.register_buffer(
             "_pending",
-            torch.zeros(self.PENDING_SIZE, dtype=torch.float64, device=device),
+            torch.zeros(0 if self.beta is None else 1, dtype=torch.float64, device=device),
             persistent=False,
         )
 
@@ -186,11 +184,12 @@ class ExpertBudget(FixedPrecisionModule):
 
     @torch.no_grad()
     def accumulate(self, k_T: torch.Tensor, valid_T: torch.Tensor | None) -> None:
-        """Add a micro-batch to the mean of k; padding (``valid_T`` False) is left out."""
-        self._pending += k_T.sum() if valid_T is None else (k_T * valid_T).sum()
+        """Add a micro-batch to Σk; padding (``valid_T`` False) is left out."""
+        if self.beta is not None:
+            self._pending += k_T.sum() if valid_T is None else (k_T * valid_T).sum()
 
     def pending(self) -> torch.Tensor:
-        """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
+        """This rank's Σk since the last commit, float64 ``[1]``; ``[0]`` where it is not needed."""
         return self._pending
 
     @torch.no_grad()

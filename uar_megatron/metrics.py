@@ -126,7 +126,7 @@ class LayerMetrics:
         self._step_sums[_INDEX[f"sum_{name}"]] += loss.detach().double().reshape(())
         self._step_sums[_INDEX[f"terms_{name}"]] += share
 
-    def add_rows(self, rows: int | torch.Tensor) -> None:
+    def add_rows(self, rows: float | torch.Tensor) -> None:
         """Add the rows that this rank's experts computed for one micro-batch."""
         self._step_sums[_INDEX["rows"]] += rows
 

@@ -47,6 +47,7 @@ LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "DP4, distributed optimizer": ("mean", 4, ("use_distributed_optimizer=true",)),
     "EP2": ("mean", 2, EP2),
     "EP2, allgather": ("mean", 2, (*EP2, "moe_token_dispatcher_type=allgather")),
+    "EP2, grouped GEMM": ("mean", 2, (*EP2, "moe_grouped_gemm=true")),
     "EP4": ("mean", 4, ("expert_model_parallel_size=4",)),
     "TP2, expert TP2": ("mean", 2, TP2),
     "TP2, EP2": ("mean", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),

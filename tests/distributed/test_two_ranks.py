@@ -17,6 +17,7 @@ WORKERS = Path(__file__).with_name("workers.py")
     [
         "collectives",
         "statistics",
+        "communication",
         "disagreement",
         "expert_parallel_parity",
         "expert_parallel_rows",

@@ -84,6 +84,39 @@ def statistics() -> None:
         assert all(torch.equal(other, value) for other in everybody)
 
 
+def communication() -> None:
+    """What a step adds to Megatron's communication: one all-reduce of few numbers."""
+    experts, reduced = 8, []
+    original = dist.all_reduce
+
+    def recording(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        reduced.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = recording
+    for mode in ("free", "mean", "exact"):
+        for bias in (False, True):
+            config = transformer_config()
+            uar = {"policy": "uar", "budget": {"mode": mode}, "bias": {"enabled": bias}}
+            routers = [uar_layer(config, uar, like=stock_layer(config)).router for _ in range(3)]
+            reduced.clear()
+            commit(routers)
+            # β of mode mean needs Σk as well, which weighted loads do not tell.
+            assert reduced == [3 * (4 + experts * bias + (mode == "mean"))]
+            assert (bias and mode == "mean") or reduced[0] <= 3 * (experts + 4)
+            losses = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}
+            config = transformer_config(**losses, moe_aux_loss_coeff=[0.01, 0.01])
+            stock = stock_layer(config)
+            ours = uar_layer(config, {**uar, "clb": {"enabled": True}}, like=stock)
+            counts = []
+            for layer in (stock, ours):
+                reduced.clear()
+                layer(hidden_states(20))[0].sum().backward()
+                counts.append(len(reduced))
+            assert counts[0] == counts[1], "no collective of ours in the forward"
+    dist.all_reduce = original
+
+
 def disagreement() -> None:
     """One bit of one rank's state stops every rank, with the tensor, the ranks and the values."""
     uar = {"policy": "uar", "bias": {"enabled": True}, "budget": {"mode": "mean"}}

@@ -75,6 +75,8 @@ EXACT = {"mode": "exact", "k_min": 0, "k_max": 6, "target_mean_k": 2.5}
         ({"policy": "topk"}, SlotBounds(2, 2.0)),
         ({"policy": "uar", "budget": {"k_max": 5}}, SlotBounds(5, 5.0)),
         ({"policy": "uar", "budget": {"k_max": [3, 5]}}, SlotBounds(5, 5.0)),
+        ({"policy": "uar", "budget": {"k_max": 5, "max_rows_factor": 1.5}}, SlotBounds(5, 3.0)),
+        ({"policy": "uar", "budget": {"k_max": 5, "max_rows_factor": 9.0}}, SlotBounds(5, 5.0)),
         ({"policy": "uar", "budget": {"alpha": 0.0, "beta": [2.0, 3.0]}}, SlotBounds(3, 3.0)),
         ({"policy": "uar", "budget": {"k_min": 0, "k_max": 1}}, SlotBounds(1, 1.0)),
         (

@@ -252,7 +252,8 @@ def _replace_cuda_namespace() -> None:
         "device_memory_used": zero,
         "memory_stats": lambda *args, **kwargs: _ZeroStats(),
         "get_device_properties": lambda *args, **kwargs: properties,
-        "get_device_capability": lambda *args, **kwargs: (0, 0),
+        # Megatron wants 8.0 for grouped GEMMs (arguments.py:1340); torch's runs on CPUs too.
+        "get_device_capability": lambda *args, **kwargs: (8, 0),
         "get_device_name": lambda *args, **kwargs: "cpu",
         "Stream": _Stream,
         "Event": _Event,

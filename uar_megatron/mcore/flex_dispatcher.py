@@ -79,7 +79,8 @@ def slot_bounds(uar: UARConfig, config: Any) -> SlotBounds:
             before = topk if experts.progress(0) < 1.0 else 0
             mean = max(mean, budget.target_mean_k, before)
         else:
-            mean = max(mean, largest)
+            bound = budget.max_rows_factor
+            mean = max(mean, largest if bound is None else min(bound * topk, largest))
     return SlotBounds(most, mean)
 
 

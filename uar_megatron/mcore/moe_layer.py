@@ -69,4 +69,7 @@ class UARMoELayer(MoELayer):
     def _count_rows(self, experts: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Count what the experts really get, whatever the dispatcher says it sent."""
         if self.training and torch.is_grad_enabled():
-            self.router.metrics.add_rows(inputs[0].shape[0])
+            # Ranks of expert tensor parallelism each compute a part of every row.
+            self.router.metrics.add_rows(
+                inputs[0].shape[0] / self.config.expert_tensor_parallel_size
+            )

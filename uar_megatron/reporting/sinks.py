@@ -88,6 +88,9 @@ def _routing(step: Step) -> str:
         parts.append(f"ω {omega:.2f} θ {step.layers[0].theta:.2f}")
     if step.layers[0].bias_max_abs is not None:
         parts.append(f"|bias| {max(m.bias_max_abs or 0.0 for m in step.layers):.3f}")
+    trimmed = sum(m.trimmed for m in step.layers)
+    if trimmed:
+        parts.append(f"{trimmed:.0f} slots trimmed")
     parts.append(f"{step.tokens_per_second / 1000:.1f}k tok/s")
     return "".join(f" | {part}" for part in parts)
 
