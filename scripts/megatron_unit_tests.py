@@ -26,14 +26,15 @@ from uar_megatron.data.cli import run_command
 from uar_megatron.errors import UARError
 
 SUITES = (
-    "test_routers.py",
-    "test_aux_loss.py",
-    "test_moe_layer.py",
-    "test_token_dispatcher.py",
-    "test_a2a_token_dispatcher.py",
-    "test_shared_experts.py",
-    "test_qb_routing.py",
-    "test_router_replay.py",
+    "transformer/moe/test_routers.py",
+    "transformer/moe/test_aux_loss.py",
+    "transformer/moe/test_moe_layer.py",
+    "transformer/moe/test_token_dispatcher.py",
+    "transformer/moe/test_a2a_token_dispatcher.py",
+    "transformer/moe/test_shared_experts.py",
+    "transformer/moe/test_qb_routing.py",
+    "transformer/moe/test_router_replay.py",
+    "dist_checkpointing/models/test_moe_experts.py",
 )
 PLUGIN = "UAR_MEGATRON_TESTS"  # which classes a child runs, told by the parent
 
@@ -122,14 +123,14 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def main(
     megatron_lm: Annotated[Path, typer.Argument(help="checkout of Megatron-LM")],
     ranks: Annotated[list[int] | None, typer.Option(help="gloo ranks; several times")] = None,
-    suite: Annotated[list[str] | None, typer.Option(help="test files; several times")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="files under tests/unit_tests; several times")] = None,
     timeout: Annotated[int, typer.Option(help="seconds per file")] = 600,
 ) -> None:
     """Compare the outcome of every test; exit code 1 if one passes with stock and not with ours.
 
     What fails with ours gets a second try.
     """
-    folder = megatron_lm / "tests" / "unit_tests" / "transformer" / "moe"
+    folder = megatron_lm / "tests" / "unit_tests"
     if not folder.is_dir():
         raise UARError(f"{folder}: no such folder; give a checkout of Megatron-LM")
     worse = []
