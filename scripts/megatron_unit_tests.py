@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def main(
     megatron_lm: Annotated[Path, typer.Argument(help="checkout of Megatron-LM")],
     ranks: Annotated[list[int] | None, typer.Option(help="gloo ranks; several times")] = None,
-    suite: Annotated[list[str] | None, typer.Option(help="files under tests/unit_tests; several times")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="files under tests/unit_tests")] = None,
     timeout: Annotated[int, typer.Option(help="seconds per file")] = 600,
 ) -> None:
     """Compare the outcome of every test; exit code 1 if one passes with stock and not with ours.
