@@ -9,6 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from uar_megatron.reporting.runlog import read_run
 
 TESTS = Path(__file__).parent
@@ -56,6 +61,19 @@ def train_arguments(nproc: int, run_dir: Path, *overrides: str) -> list[str]:
 def losses(run_dir: Path) -> dict[int, float]:
     """The loss of each step in a run log."""
     return {step.step: step.loss for step in read_run(run_dir / "run.jsonl").steps}
+
+
+def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    folder = run_dir / "checkpoints" / f"iter_{step:07d}"
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    torch.distributed.checkpoint.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
 
 
 def train_stock(nproc: int, run_dir: Path, overrides: Sequence[str]) -> dict[int, float]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uar_megatron.errors import ConfigError, DataError, UARError
+from uar_megatron.errors import ConfigError, DataError, TrainingError, UARError
 from uar_megatron.experiment import Experiment, load_experiment, save_resolved
 
 
@@ -37,11 +37,13 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
     )
 
     from uar_megatron.data.check import check_dataset
+    from uar_megatron.mcore.async_save import check_async_save
     from uar_megatron.mcore.options import check_compatible
 
     with _environment(WORLD_SIZE=str(world_size), RANK="0"), _megatron_refusals(), _argv(argv):
         args = parse_args()
         check_compatible(experiment.uar, args)
+        check_async_save(args)
         validate_args(args)
         core_transformer_config_from_args(args)
     _check_tokenizer(args)
@@ -59,7 +61,7 @@ def run(experiment: Experiment) -> None:
         UARError: the configuration, the data or the machine cannot be used.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    validate(experiment, world_size)
+    resolved = validate(experiment, world_size)
     check_outputs(experiment)
     argv = _prepare_process(experiment)
 
@@ -71,10 +73,18 @@ def run(experiment: Experiment) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
+    from uar_megatron.mcore.checkpoint import (
+        check_checkpoint,
+        check_on_every_rank,
+        unsafe_checkpoints_refused,
+    )
     from uar_megatron.mcore.gpt import dataset_provider, forward_step
+    from uar_megatron.mcore.lost_rank import lost_ranks_named
     from uar_megatron.mcore.spec import assert_uar_routers, uar_layer_spec
     from uar_megatron.run_recorder import RunRecorder
 
+    if resolved.use_checkpoint_args:
+        check_checkpoint(resolved)  # every rank reads it before there is a process group
     with _argv(argv), _megatron_refusals():
         args = parse_and_validate_args()
         model_config = gpt_config_from_args(args)
@@ -82,6 +92,7 @@ def run(experiment: Experiment) -> None:
     recorder = RunRecorder(experiment, args)
 
     def after_build(model: list[Any]) -> list[Any]:
+        check_on_every_rank(args)  # Megatron loads next
         assert_uar_routers(model)
         recorder.attach(model)
         return model
@@ -92,12 +103,13 @@ def run(experiment: Experiment) -> None:
             save_resolved(experiment, Path(folder))
     reason = "killed by an error"
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            dataset_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+        with lost_ranks_named(), unsafe_checkpoints_refused(args.load):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                dataset_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
         reason = "finished"
     except SystemExit as stop:
         reason, code = _why_stopped(args, stop.code)
@@ -114,13 +126,21 @@ def _why_stopped(args: argparse.Namespace, code: Any) -> tuple[str, Any]:
 
     Megatron leaves with 0 after a signal, which a batch system would take for a finished job.
     """
+    from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
+
     from uar_megatron.mcore.compat import signal_received
 
     if args.exit_signal_handler and signal_received():
         saved = "checkpoint saved" if args.save else "nothing saved: there is no --save"
         return f"{args.exit_signal.name} received, {saved}", 128 + args.exit_signal
     if code:
-        return f"Megatron's validation of results stopped it with exit code {code}", code
+        why = f"Megatron's validation of results stopped it with exit code {code}"
+        if code == EXIT_CODE_RESUME_TO_DISAMBIGUATE:
+            why += (
+                "; resume on other devices, which shows whether one is broken, or on the same ones "
+                "with rerun_mode=disabled"
+            )
+        return why, code
     return "exit_interval or exit_duration_in_mins reached", code
 
 
@@ -148,8 +168,11 @@ def describe(experiment: Experiment) -> str:
     world_size = experiment.launch.nnodes * experiment.launch.nproc_per_node
     # What Megatron prints while it validates is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        validate(experiment, world_size)
+        args = validate(experiment, world_size)
     from uar_megatron.mcore.arguments import to_argv
+    from uar_megatron.mcore.checkpoint import check_checkpoint
+
+    check_checkpoint(args)
 
     arguments = "\n".join(
         f"#   {line}" for line in _one_option_per_line(to_argv(experiment.megatron))
@@ -158,8 +181,12 @@ def describe(experiment: Experiment) -> str:
 
 
 def fail(error: UARError) -> None:
-    """Print the error once per node and leave with its exit code, on every rank."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print the error and leave with its exit code, on every rank.
+
+    Every rank meets a bad configuration, so one rank of a node prints that; in training a single
+    rank may be the only one that knows what went wrong.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, TrainingError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(error.exit_code)
 
@@ -190,7 +217,9 @@ def _prepare_process(experiment: Experiment) -> list[str]:
             remedy="start with parallel=cpu (or launch.device=cpu) to run on the CPU",
         )
     from uar_megatron.mcore.arguments import to_argv
+    from uar_megatron.mcore.checkpoint import load_data_only
 
+    load_data_only()
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
     if any(int(experiment.megatron.get(size) or 1) > 1 for size in sizes):
         # CUDA reads it when it starts; before Blackwell Megatron refuses to run without it.

@@ -58,6 +58,7 @@ from megatron.core.datasets.gpt_dataset import (  # noqa: E402
 )
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.rerun_state_machine import Call, Caller  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import (  # noqa: E402
@@ -76,7 +77,12 @@ from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
+# What a checkpoint may contain besides what Megatron declares as safe (core/safe_globals.py:29):
+# its own note of a result that it did not believe.
+SAFE_RECORDS = [Call, Caller]
+
 __all__ = [
+    "SAFE_RECORDS",
     "SUPPORTED_MEGATRON",
     "BlendedMegatronDatasetBuilder",
     "GPTDataset",

@@ -38,6 +38,9 @@ and ``reduce_scatter``
 ``load_state_dict``, without apex and TE               per group) when it loads
 ``WrappedTorchNorm`` with sequence parallelism          asserts it is off; its own norms for it are
                                                        TE's and apex's
+the worker of asynchronous saves and                   asks in a new process for CUDA's device;
+``FileSystemWriterAsync.preload_tensors``              copies from the GPU before training goes on,
+                                                       and a tensor on the CPU is not copied
 a warning of ``megatron.core.tensor_parallel.random``  warns when the CPU generator moves while the
                                                        GPU's is in use; here both are one
 =====================================================  ============================================
@@ -428,6 +431,38 @@ def _replace_in_megatron() -> None:
     )
     _replace_adam_step_count()
     _replace_norm()
+    _replace_checkpoint_worker()
+
+
+def _replace_checkpoint_worker() -> None:
+    """Let ``--async-save`` write what the tensors were when it was called."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    PersistentAsyncCaller.stock_async_loop = PersistentAsyncCaller.async_loop
+    PersistentAsyncCaller.async_loop = staticmethod(_checkpoint_worker)
+    FileSystemWriterAsync.preload_tensors = staticmethod(_copy_buckets)
+
+
+def _checkpoint_worker(*args: Any) -> None:
+    """Megatron's worker (async_utils.py:520) in a new process, where nothing is replaced yet."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    if not _enabled:
+        _replace_cuda_namespace()
+    loop = getattr(PersistentAsyncCaller, "stock_async_loop", PersistentAsyncCaller.async_loop)
+    loop(*args)
+
+
+def _copy_buckets(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """``preload_tensors`` (filesystem_async.py:227): Megatron waits for it before it trains on.
+
+    A worker sees the trainer's own memory, which the next step changes while it is written.
+    """
+    return [
+        (file, key, (objects, [(i, t.clone() if t.is_shared() else t) for i, t in tensors]))
+        for file, key, (objects, tensors) in write_buckets
+    ]
 
 
 def _replace_norm() -> None:
