@@ -10,8 +10,11 @@ version first. Without a GPU the CPU layer stands in, and tests that need a GPU 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -38,6 +41,8 @@ SUITES = (
     "transformer/moe/test_router_replay.py",
     "dist_checkpointing/models/test_moe_experts.py",
 )
+# Every test makes process groups anew, and gloo never gives a group's threads back.
+TESTS_PER_JOB = 8
 PLUGIN = "UAR_MEGATRON_TESTS"  # which classes a child runs, told by the parent
 
 
@@ -136,7 +141,7 @@ def main(
     megatron_lm: Annotated[Path, typer.Argument(help="checkout of Megatron-LM")],
     ranks: Annotated[list[int] | None, typer.Option(help="gloo ranks; several times")] = None,
     suite: Annotated[list[str] | None, typer.Option(help="files under tests/unit_tests")] = None,
-    timeout: Annotated[int, typer.Option(help="seconds per file")] = 600,
+    timeout: Annotated[int, typer.Option(help="seconds per job of a few tests")] = 300,
 ) -> None:
     """Compare the outcome of every test; exit code 1 if one passes with stock and not with ours.
 
@@ -170,21 +175,45 @@ def main(
 
 def outcomes(root: Path, file: Path, ranks: int, classes: str, timeout: int) -> dict[str, str]:
     """Run one file under torchrun; return the outcome of each test on rank 0."""
-    report = Path(f".megatron_unit_tests.{os.getpid()}.xml").absolute()
-    runner = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    plugin = ("-p", Path(__file__).stem, "-p", "no:cacheprovider", "-q")
-    command = [*runner, "--nproc_per_node", str(ranks), "-m", "pytest", *plugin]
-    command += [f"--junitxml={report}", "-o", "addopts=", "-W", "ignore", str(file.absolute())]
     search = os.pathsep.join((str(Path(__file__).parent), str(root.absolute())))
     environment = os.environ | {PLUGIN: classes, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    options = ("-p", Path(__file__).stem, "-p", "no:cacheprovider", "-q", "-o", "addopts=")
+    command = ["-m", "pytest", *options, "-W", "ignore"]
+    collect = [sys.executable, *command, "--collect-only", str(file.absolute())]
+    listing = subprocess.run(
+        collect, cwd=root, env=environment, capture_output=True, text=True, check=False
+    ).stdout
+    tests = [line for line in listing.splitlines() if "::" in line]
+    found: dict[str, str] = {}
+    for some in itertools.batched(tests, TESTS_PER_JOB):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc_per_node", str(ranks), *command, *some]
+        found |= _report_of(torchrun, root, environment, timeout)
+    return found
+
+
+def _report_of(
+    command: list[str], root: Path, environment: dict[str, str], timeout: int
+) -> dict[str, str]:
+    report = Path(f".megatron_unit_tests.{os.getpid()}.xml").absolute()
+    job = subprocess.Popen(
+        [*command, f"--junitxml={report}"],
+        cwd=root,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, timeout=timeout, check=False
-        )
+        job.wait(timeout)
         tree = ElementTree.parse(report)
-    except (subprocess.TimeoutExpired, OSError):
+    except (subprocess.TimeoutExpired, OSError, ElementTree.ParseError):
         return {}
     finally:
+        # Whatever ranks are left would go on waiting for each other.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
         report.unlink(missing_ok=True)
     found = {}
     for case in tree.iter("testcase"):
