@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint import FileSystemReader
@@ -43,6 +46,19 @@ def environment() -> dict[str, str]:
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in ranks}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+
+
+def kill_job(job: subprocess.Popen[Any]) -> None:
+    """Kill torchrun and all that it has started: every rank leads a session of its own."""
+    processes = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(job.pid)
+        processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.wait()
+    psutil.wait_procs(processes)
 
 
 def train(nproc: int, run_dir: Path, *overrides: str) -> dict[int, float]:

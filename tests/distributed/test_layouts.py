@@ -40,31 +40,24 @@ BUDGETS = {
         *("uar.budget.mode=free", "uar.budget.max_rows_factor=1.1", "uar.budget.beta=2.5"),
         *("uar.budget.segment=16", *PER_SEQUENCE),
     ),
-    "batch": ("uar.statistics.mode=batch", "micro_batch_size=4", *LOSSES),
+    "batch": ("uar.statistics.mode=batch", "micro_batch_size=4", *PER_SEQUENCE),
 }
 LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "DP2": ("mean", 2, ()),
     "DP4, distributed optimizer": ("mean", 4, ("use_distributed_optimizer=true",)),
-    "EP2": ("mean", 2, EP2),
-    "EP2, allgather": ("mean", 2, (*EP2, "moe_token_dispatcher_type=allgather")),
-    "EP2, grouped GEMM": ("mean", 2, (*EP2, "moe_grouped_gemm=true")),
+    "EP2, allgather, grouped GEMM": (
+        *("mean", 2),
+        (*EP2, "moe_token_dispatcher_type=allgather", "moe_grouped_gemm=true"),
+    ),
     "EP4": ("mean", 4, ("expert_model_parallel_size=4",)),
     "TP2, expert TP2": ("mean", 2, TP2),
     "TP2, EP2": ("mean", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
     "TP2 × EP2": ("mean", 4, (*TP2, *EP2)),
-    "PP2": ("mean", 2, PP2),
-    "PP2 in 2 virtual stages": (
-        "mean",
-        2,
-        (*PP2, "num_layers_per_virtual_pipeline_stage=1", "no_overlap_p2p_communication=true"),
-    ),
+    "PP2 in 2 virtual stages": ("mean", 2, (*PP2, "num_layers_per_virtual_pipeline_stage=1")),
     "PP2 × EP2": ("mean", 4, (*PP2, *EP2)),
-    "exact, micro-batch 1": ("exact", 1, ("micro_batch_size=1",)),
     "exact, TP2 × EP2, micro-batch 4": ("exact", 4, (*TP2, *EP2, "micro_batch_size=4")),
     "bounded, TP2, micro-batch 1": ("bounded", 2, (*TP2, "micro_batch_size=1")),
     # The batch's own statistics are those of micro_batch_size × data-parallel ranks.
     "batch, EP2": ("batch", 2, (*EP2, "micro_batch_size=2")),
-    "batch, TP2": ("batch", 2, (*TP2, "micro_batch_size=4")),
 }
 FROM = ("no_load_optim=true", "no_load_rng=true", "train_iters=23")
 
@@ -104,7 +97,9 @@ def test_the_layout_changes_nothing(
             assert (a.layer, a.k_histogram, a.load) == (b.layer, b.k_histogram, b.load), ours.step
             assert (a.trimmed, a.rows, a.bias_max_abs) == (b.trimmed, b.rows, b.bias_max_abs)
             for name in ("beta", "omega_mean", "zscore_std", "energy_mean", "entropy_mean"):
-                assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5, abs=1e-6), name
+                value = getattr(b, name)
+                if value is not None:
+                    assert getattr(a, name) == pytest.approx(value, rel=1e-5, abs=1e-6), name
             for loss, value in b.balancing_loss.items():
                 assert a.balancing_loss[loss] == pytest.approx(value, rel=1e-5)
     if budget == "exact":
@@ -113,16 +108,15 @@ def test_the_layout_changes_nothing(
         assert any(layer.trimmed > 0 for s in found for layer in s.layers)
 
 
+# Plain optimizers cannot pass between EP 1 and more: Megatron chains another number of them.
 CHAINS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "plain": (
         (2, EP2),
         (4, ("expert_model_parallel_size=4",)),
-        (1, ()),
-        (2, TP2),
+        (4, (*TP2, *EP2)),
         (4, (*PP2, *EP2)),
-        (1, ()),
     ),
-    "distributed optimizer": ((2, ()), (2, (*TP2, *EP2)), (1, ())),
+    "distributed optimizer": ((1, ()), (2, ()), (2, TP2), (2, PP2), (1, ())),
 }
 
 
@@ -130,13 +124,14 @@ CHAINS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
 def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
     chain: str, tmp_path: Path
 ) -> None:
-    """Optimizer state included, against a run of a single rank."""
-    common = (*MODEL, *MEAN, "save_interval=3", "no_load_rng=true")
+    """Optimizer state included, against a run in the first layout."""
+    links = CHAINS[chain]
+    common = (*MODEL, *MEAN, "save_interval=3", f"train_iters={3 * len(links)}")
+    common += ("no_load_rng=true",)
     if chain == "distributed optimizer":
         common += ("use_distributed_optimizer=true", "dist_ckpt_optim_fully_reshardable=true")
-    links = ((1, ()), *CHAINS[chain])
-    common += (f"train_iters={3 * len(links)}",)
-    straight = train(1, tmp_path / "straight", *common)
+    ranks, layout = links[0]
+    straight = train(ranks, tmp_path / "straight", *common, *layout)
     for i, (ranks, layout) in enumerate(links, start=1):
         train(ranks, tmp_path / "chain", *common, *layout, f"exit_interval={3 * i}")
     found = losses(tmp_path / "chain")

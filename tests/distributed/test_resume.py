@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import environment, losses, torchrun_command, train, train_arguments
+from jobs import environment, kill_job, losses, torchrun_command, train, train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,6 @@ def kill_after(step: int, nproc: int, run_dir: Path, *overrides: str) -> None:
     job = subprocess.Popen(
         torchrun_command(nproc, *arguments),
         env=environment(),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -61,5 +60,5 @@ def kill_after(step: int, nproc: int, run_dir: Path, *overrides: str) -> None:
         assert job.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    subprocess.run(["pkill", "-9", "--session", str(job.pid)], check=False)
-    assert job.wait() == -signal.SIGKILL
+    kill_job(job)
+    assert job.returncode == -signal.SIGKILL

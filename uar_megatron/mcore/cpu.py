@@ -494,7 +494,8 @@ def _replace_adam_step_count() -> None:
     ``DistributedOptimizer.state_dict`` (distrib_optimizer.py:837) wants one step count even from
     an optimizer that has not stepped, which is what loading starts from. ``load_state_dict``
     gives every parameter the *same* step tensor (:1032), which torch's Adam would advance once per
-    parameter, and some sharding types then overwrite it with the value before loading (:1953).
+    parameter, and some sharding types then overwrite it with the value before loading (:1953) or
+    miss it (:1223).
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -519,5 +520,11 @@ def _replace_adam_step_count() -> None:
             for param in group["params"]:
                 self.optimizer.state[param]["step"] = torch.tensor(float(group["step"]))
 
+    original_set = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, param: Any, tensors: dict[str, Any]) -> None:
+        original_set(self, param, {"step": None, **tensors})
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     distrib_optimizer.DistributedOptimizer.state_dict = state_dict
     distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict

@@ -57,7 +57,8 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
         transformer = getattr(config, "transformer", config)
         # The arguments know more than the configuration that is made of them.
         check_compatible(config_of_uar, training_arguments() or transformer)
-        if torch.distributed.is_initialized():
+        # Once: pipeline ranks wait for each other between their virtual stages as well.
+        if torch.distributed.is_initialized() and not vp_stage:
             check_same_section(config_of_uar)
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
         if not isinstance(finalize, StepBoundary):

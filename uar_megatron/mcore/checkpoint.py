@@ -1,0 +1,302 @@
+"""The checkpoint that a run is about to load: is all of it there, and is it nothing but data.
+
+Megatron trusts what it finds. A run that was killed while it saved, a file that was lost in a copy,
+a tracker that names a folder which is gone, end in tracebacks of some ranks and a hang of the
+others, or in training from random weights. And a checkpoint is made of pickles, which may run any
+program when they are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+from uar_megatron.errors import ConfigError, DataError
+from uar_megatron.mcore.compat import SAFE_RECORDS
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_COMMON_STATE = "common_state/shard_0_1"  # dist_checkpointing/serialization.py:227
+_METADATA_GLOBALS = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+}
+
+
+def load_data_only() -> None:
+    """Have every ``torch.load`` of this process and of its children refuse all but plain data.
+
+    ``torch.distributed.checkpoint`` asks for the opposite when it reads objects
+    (default_planner.py:392), Megatron's common state among them; torch's own switch overrides it.
+    Megatron registers the classes that its checkpoints need (core/safe_globals.py:29).
+
+    Raises:
+        ConfigError: the environment asks for unsafe loading.
+    """
+    if os.environ.get(_UNSAFE, "0").lower() in ("1", "y", "yes", "true"):
+        raise ConfigError(
+            _UNSAFE,
+            "this environment variable asks torch to run whatever program a checkpoint contains",
+            remedy=f"unset {_UNSAFE}",
+        )
+    os.environ[_SAFE] = "1"
+    torch.serialization.add_safe_globals(SAFE_RECORDS)
+
+
+@contextlib.contextmanager
+def unsafe_checkpoints_refused(load: str | None) -> Iterator[None]:
+    """Name the checkpoint where ``torch.load`` refused one of its objects inside.
+
+    :func:`check_checkpoint` looks into the common state only; there may be thousands of objects.
+
+    Raises:
+        DataError: what was to be read is more than data, or damaged.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        failures = getattr(error, "failures", {0: (error, None)})
+        for cause, _ in failures.values():
+            if isinstance(cause, pickle.UnpicklingError):
+                raise DataError(
+                    f"load: an object in the checkpoint in {load} is {describe_unsafe(cause)}\n"
+                    "  remedy:  use a checkpoint from a source that you trust"
+                ) from error
+        raise
+
+
+def check_on_every_rank(args: argparse.Namespace) -> None:
+    """Check on rank 0, for the sake of the file system, and fail on every rank. A collective.
+
+    Raises:
+        DataError: as :func:`check_checkpoint`.
+    """
+    verdict: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            check_checkpoint(args)
+        except DataError as error:
+            verdict = [str(error)]
+    torch.distributed.broadcast_object_list(verdict, src=0)
+    if verdict[0] is not None:
+        raise DataError(verdict[0])
+
+
+def check_checkpoint(args: argparse.Namespace) -> None:
+    """Check the checkpoint that Megatron will load (checkpointing.py:1633), if there is one.
+
+    Of the files it reads only the small ones; of tensors it sees that they are long enough.
+
+    Raises:
+        DataError: the tracker or the checkpoint is missing, incomplete, or more than data.
+    """
+    folder = args.load
+    if args.pretrained_checkpoint is not None and not _has_tracker(folder):
+        folder = args.pretrained_checkpoint
+    if folder is None or args.moe_use_upcycling or "://" in str(folder):
+        return  # nothing is loaded, or it is in an object store, which answers for itself
+    load = Path(folder)
+    if _has_tracker(load):
+        step = _read_tracker(load / TRACKER)
+    elif args.ckpt_step:
+        step = ""
+    else:
+        return _check_nothing_to_load(load, args)
+    name = step if step == "release" else f"iter_{int(args.ckpt_step or step):07d}"
+    problem = find_problem(load / name)
+    if problem is not None:
+        raise _refusal(load, f"{load / name} {problem}", without=name)
+    if args.non_persistent_ckpt_type == "global":
+        _check_non_persistent(Path(args.non_persistent_global_ckpt_dir or load / "non_persistent"))
+
+
+def _has_tracker(folder: str | Path | None) -> bool:
+    return folder is not None and (Path(folder) / TRACKER).is_file()
+
+
+def _read_tracker(tracker: Path) -> str:
+    """Return an iteration in digits, or ``release``."""
+    text = tracker.read_bytes()[:100].decode(errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]+", text):
+        raise _refusal(tracker.parent, f"{tracker} should hold an iteration, and holds {text!r}")
+    return text
+
+
+def _check_nothing_to_load(load: Path, args: argparse.Namespace) -> None:
+    """Without a tracker Megatron starts from random weights, which is right for a new run only."""
+    if _latest_complete(load) is not None:
+        raise _refusal(load, f"{load} has checkpoints, but no {TRACKER} that names one")
+    saves_there = args.save is not None and load.resolve() == Path(args.save).resolve()
+    if not saves_there or args.exit_on_missing_checkpoint:
+        raise DataError(
+            f"load: {load} has no {TRACKER}, so there is nothing to load\n"
+            "  remedy:  correct the path, or load=null to start from random weights"
+        )
+
+
+def _check_non_persistent(folder: Path) -> None:
+    """Check what ``non_persistent_ckpt_type: global`` saves in between, which may be newer."""
+    if not _has_tracker(folder):
+        return
+    named = folder / f"iter_{int(_read_tracker(folder / TRACKER)):07d}"
+    problem = find_problem(named)
+    if problem is not None:
+        raise DataError(
+            f"load: {named} {problem}\n"
+            f"  remedy:  remove {folder} to go on from the last persistent checkpoint"
+        )
+
+
+def _refusal(load: Path, problem: str, without: str = "") -> DataError:
+    """The error, with the newest checkpoint that is whole as the way out."""
+    complete = _latest_complete(load, without)
+    if complete is None:
+        remedy = "restore what is missing; no other checkpoint there is complete, so the run can "
+        remedy += "otherwise only start anew, in another run.dir"
+    else:
+        remedy = f"restore what is missing, or go on from iteration {complete}, which is complete: "
+        remedy += f"ckpt_step={complete} once, or write {complete} into {load / TRACKER}"
+    return DataError(f"load: {problem}\n  remedy:  {remedy}")
+
+
+def _latest_complete(load: Path, without: str = "") -> int | None:
+    """The highest iteration whose checkpoint is whole, looking no further than that."""
+    for folder in sorted(load.glob("iter_[0-9]*"), reverse=True):
+        if folder.name != without and find_problem(folder) is None:
+            return int(folder.name.removeprefix("iter_"))
+    return None
+
+
+def find_problem(folder: Path) -> str | None:
+    """Say what keeps a checkpoint from being loaded, None if nothing does.
+
+    Args:
+        folder: an ``iter_…`` folder of any of Megatron's formats.
+    """
+    if not folder.is_dir():
+        return "does not exist"
+    legacy = sorted(folder.glob("mp_rank_*"))
+    if legacy:
+        parts = [rank / "model_optim_rng.pt" for rank in legacy]
+        lost = [part for part in parts if not part.is_file() or not part.stat().st_size]
+        return f"is incomplete: {lost[0]} is missing or empty" if lost else None
+    try:
+        metadata = read_metadata(folder / ".metadata")
+    except FileNotFoundError:
+        return "is incomplete: .metadata is missing, which is written after all data"
+    except Exception as error:  # a damaged pickle can raise anything
+        return f"cannot be used: .metadata is damaged or not what torch writes ({error})"
+    return _data_problem(folder, metadata) or _common_state_problem(folder, metadata)
+
+
+def _data_problem(folder: Path, metadata: Metadata) -> str | None:
+    """Say which file of tensors or objects is missing or too short."""
+    lengths: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        end = part.offset + part.length
+        lengths[part.relative_path] = max(lengths.get(part.relative_path, 0), end)
+    for name, length in lengths.items():
+        try:
+            found = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return f"is incomplete: {name} is missing"
+        if found < length:
+            return f"is incomplete: {name} has {found} bytes and should have {length}"
+    return None
+
+
+def _common_state_problem(folder: Path, metadata: Metadata) -> str | None:
+    """Say what is wrong with what only ``torch_dist`` has: metadata.json and the common state."""
+    config, legacy = folder / "metadata.json", folder / "common.pt"
+    part = metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+    if not config.exists():
+        is_torch_dist = part is not None or legacy.exists()
+        return "is incomplete: metadata.json, written last, is missing" if is_torch_dist else None
+    try:
+        json.loads(config.read_bytes())
+    except ValueError as error:
+        return f"cannot be used: metadata.json is damaged ({error})"
+    # Megatron prefers the file, which its versions before 0.19 wrote.
+    if legacy.exists():
+        name, content = legacy.name, legacy.read_bytes()
+    elif part is None:
+        return "is incomplete: common.pt is missing"
+    else:
+        name = part.relative_path
+        with (folder / name).open("rb") as stream:
+            stream.seek(part.offset)
+            content = stream.read(part.length)
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        return f"cannot be used: the common state in {name} is {describe_unsafe(error)}"
+    return None
+
+
+def describe_unsafe(error: BaseException) -> str:
+    """Say in a few words why ``torch.load`` refused to read something as plain data."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named is None:
+        return f"damaged ({str(error).splitlines()[0]})"
+    return f"not just data: reading it would call {named[1]}, and could so run any program"
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read torch's description of a checkpoint, and nothing but that.
+
+    torch itself unpickles whatever the file names (checkpoint/filesystem.py:938).
+
+    Raises:
+        pickle.UnpicklingError: the pickle names something that does not belong there; other
+            exceptions if it is damaged.
+    """
+    with path.open("rb") as stream:
+        metadata = _MetadataUnpickler(stream).load()
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise pickle.UnpicklingError("it does not describe a checkpoint")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _METADATA_GLOBALS.get(module, ())
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
