@@ -56,6 +56,9 @@ def arguments(load: Path | None, **changes: Any) -> Namespace:
         "exit_on_missing_checkpoint": False,
         "non_persistent_ckpt_type": None,
         "non_persistent_global_ckpt_dir": None,
+        "no_load_optim": False,
+        "finetune": False,
+        "expert_model_parallel_size": 1,
     }
     return Namespace(**(given | changes))
 
@@ -72,6 +75,17 @@ def test_complete_checkpoints_pass(load: Path) -> None:
     check_checkpoint(arguments(load))
     check_checkpoint(arguments(load, ckpt_step=10))
     assert find_problem(load / "iter_0000020") is None
+
+
+def test_optimizer_state_stays_with_one_or_several_expert_parallel_ranks(tmp_path: Path) -> None:
+    saved = {"args": Namespace(expert_model_parallel_size=2), "optimizer": {"state": 1}}
+    save(tmp_path, 10, common=[saved])
+    check_checkpoint(arguments(tmp_path, expert_model_parallel_size=4))
+    with pytest.raises(ConfigError, match="no_load_optim"):
+        check_checkpoint(arguments(tmp_path))
+    check_checkpoint(arguments(tmp_path, no_load_optim=True))
+    save(tmp_path, 10, common=[{"args": saved["args"]}])
+    check_checkpoint(arguments(tmp_path))
 
 
 def test_a_new_run_has_nothing_to_load(tmp_path: Path) -> None:

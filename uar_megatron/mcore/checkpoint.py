@@ -109,7 +109,7 @@ def check_on_every_rank(args: argparse.Namespace) -> None:
     if torch.distributed.get_rank() == 0:
         try:
             check_checkpoint(args)
-        except DataError as error:
+        except (DataError, ConfigError) as error:
             verdict = [str(error)]
     torch.distributed.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
@@ -123,6 +123,7 @@ def check_checkpoint(args: argparse.Namespace) -> None:
 
     Raises:
         DataError: the tracker or the checkpoint is missing, incomplete, or more than data.
+        ConfigError: its optimizer state cannot be loaded into this layout.
     """
     folder = args.load
     if args.pretrained_checkpoint is not None and not _has_tracker(folder):
@@ -140,6 +141,7 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     problem = find_problem(load / name)
     if problem is not None:
         raise _refusal(load, f"{load / name} {problem}", without=name)
+    _check_optimizers(load / name, args)
     if args.non_persistent_ckpt_type == "global":
         _check_non_persistent(Path(args.non_persistent_global_ckpt_dir or load / "non_persistent"))
 
@@ -165,6 +167,27 @@ def _check_nothing_to_load(load: Path, args: argparse.Namespace) -> None:
         raise DataError(
             f"load: {load} has no {TRACKER}, so there is nothing to load\n"
             "  remedy:  correct the path, or load=null to start from random weights"
+        )
+
+
+def _check_optimizers(folder: Path, args: argparse.Namespace) -> None:
+    """Refuse what ends in a RuntimeError of ``ChainedOptimizer`` (optimizer.py:1578).
+
+    Megatron gives experts an optimizer of their own where they are spread over ranks, and cannot
+    split or join the state of one.
+    """
+    if args.no_load_optim or args.finetune or not (folder / ".metadata").exists():
+        return
+    common = _common_state(folder, read_metadata(folder / ".metadata"))
+    saved = getattr(common.get("args"), "expert_model_parallel_size", None)
+    now = args.expert_model_parallel_size
+    if saved is not None and "optimizer" in common and (saved > 1) != (now > 1):
+        raise ConfigError(
+            "expert_model_parallel_size",
+            f"{now}, while {folder} was saved with {saved}: Megatron cannot carry optimizer state "
+            "between one and several expert-parallel ranks",
+            allowed="1" if saved == 1 else "2 or more",
+            remedy="no_load_optim=true goes on with a fresh optimizer state",
         )
 
 
@@ -250,21 +273,30 @@ def _common_state_problem(folder: Path, metadata: Metadata) -> str | None:
         json.loads(config.read_bytes())
     except ValueError as error:
         return f"cannot be used: metadata.json is damaged ({error})"
-    # Megatron prefers the file, which its versions before 0.19 wrote.
-    if legacy.exists():
-        name, content = legacy.name, legacy.read_bytes()
-    elif part is None:
+    if part is None and not legacy.exists():
         return "is incomplete: common.pt is missing"
-    else:
-        name = part.relative_path
-        with (folder / name).open("rb") as stream:
-            stream.seek(part.offset)
-            content = stream.read(part.length)
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        _common_state(folder, metadata)
     except Exception as error:  # a damaged file can raise anything
+        name = legacy.name if part is None or legacy.exists() else part.relative_path
         return f"cannot be used: the common state in {name} is {describe_unsafe(error)}"
     return None
+
+
+def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """Everything in a ``torch_dist`` checkpoint that is no tensor; ``{}`` for other formats."""
+    part = metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+    # Megatron prefers the file, which its versions before 0.19 wrote.
+    if (folder / "common.pt").exists():
+        content = (folder / "common.pt").read_bytes()
+    elif part is None:
+        return {}
+    else:
+        with (folder / part.relative_path).open("rb") as stream:
+            stream.seek(part.offset)
+            content = stream.read(part.length)
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return state[0] if isinstance(state, list) else state
 
 
 def describe_unsafe(error: BaseException) -> str:
