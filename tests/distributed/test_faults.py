@@ -75,7 +75,12 @@ class Job:
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         children = psutil.Process(self.process.pid).children()
-        next(c for c in children if c.environ().get("RANK") == str(rank)).send_signal(number)
+        process = next(c for c in children if c.environ().get("RANK") == str(rank))
+        helpers = process.children(recursive=True)
+        process.send_signal(number)
+        if number is signal.SIGKILL:  # Megatron's helper processes outlive a rank that is killed
+            for helper in helpers:
+                helper.kill()
 
     def wait(self) -> int:
         return self.process.wait(timeout=BOUND)
