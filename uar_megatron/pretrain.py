@@ -221,7 +221,7 @@ def _prepare_process(experiment: Experiment) -> list[str]:
 
     load_data_only()
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
-    if any(int(experiment.megatron.get(size) or 1) > 1 for size in sizes):
+    if any(experiment.megatron.get(size) not in (None, 1) for size in sizes):
         # CUDA reads it when it starts; before Blackwell Megatron refuses to run without it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return to_argv(experiment.megatron)
