@@ -1,4 +1,7 @@
-"""A killed run resumes as if nothing had happened: statistics, bias, θ_t, optimizer, data order."""
+"""A killed run resumes as if nothing had happened: statistics, bias, θ_t, optimizer, data order.
+
+``test_kills.py`` does it with a single rank, several times over.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ EVERYTHING = (
     "save_interval=10",
 )
 LAYOUTS = {
-    "1 rank, fp32": (1, ()),
     "EP 2, fp32": (2, ("expert_model_parallel_size=2",)),
     "DP 2, distributed optimizer, bf16": (2, ("use_distributed_optimizer=true", "bf16=true")),
 }
