@@ -1,4 +1,4 @@
-"""Checks that need several ranks; ``torchrun … workers.py NAME`` runs one on every rank."""
+"""Checks that need several ranks; ``torchrun … workers.py NAME…`` runs them on every rank."""
 
 from __future__ import annotations
 
@@ -252,6 +252,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(minutes=1))
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    globals()[sys.argv[1]]()
+    for check in sys.argv[1:]:
+        globals()[check]()
     dist.barrier()
     dist.destroy_process_group()
