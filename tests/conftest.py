@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Triton reads it when it is imported: kernels run in its interpreter, on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path

@@ -1,12 +1,15 @@
-"""Start real torchrun jobs from tests."""
+"""Start torchrun jobs from tests."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,36 @@ def torchrun(nproc: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def warm_torchrun(nproc: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """As :func:`torchrun`, without the start of the interpreters: see ``warm_torchrun.py``."""
+    server = _warm_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"nproc": nproc, "command": command, "environment": environment()}
+        server.stdin.write(json.dumps(request | {"output": f"{folder}/job"}) + "\n")
+        server.stdin.flush()
+        agent = int(server.stdout.readline())
+        timer = threading.Timer(TIMEOUT, kill_tree, [agent])
+        timer.start()
+        code = int(server.stdout.readline())
+        timer.cancel()
+        printed = [Path(folder, f"job.{stream}").read_text() for stream in ("out", "err")]
+    return subprocess.CompletedProcess(command, code, *printed)
+
+
+@functools.cache
+def _warm_server() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "warm_torchrun.py")],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
 def torchrun_command(nproc: int, *command: str) -> list[str]:
     """The argument list of a single-node torchrun."""
     runner = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -50,20 +83,26 @@ def environment() -> dict[str, str]:
 
 def kill_job(job: subprocess.Popen[Any]) -> None:
     """Kill torchrun and all that it has started: every rank leads a session of its own."""
-    processes = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(job.pid)
-        processes = [launcher, *launcher.children(recursive=True)]
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes = kill_tree(job.pid)
     job.wait()
     psutil.wait_procs(processes)
 
 
+def kill_tree(pid: int) -> list[psutil.Process]:
+    """Send SIGKILL to a process and to all that it has started; return them."""
+    processes = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return processes
+
+
 def train(nproc: int, run_dir: Path, *overrides: str) -> dict[int, float]:
     """Train the tiny model with our entry; return the loss of each step from its run log."""
-    job = torchrun(nproc, *train_arguments(nproc, run_dir, *overrides))
+    job = warm_torchrun(nproc, *train_arguments(nproc, run_dir, *overrides))
     assert job.returncode == 0, job.stderr[-6000:]
     return losses(run_dir)
 
@@ -96,7 +135,7 @@ def train_stock(nproc: int, run_dir: Path, overrides: Sequence[str]) -> dict[int
     """Train the tiny model with the installed Megatron's routers; return the loss of each step."""
     run_dir.mkdir(parents=True, exist_ok=True)
     output = run_dir / "losses.json"
-    job = torchrun(
+    job = warm_torchrun(
         nproc,
         str(TESTS / "stock_pretrain.py"),
         str(TINY),

@@ -218,6 +218,8 @@ def test_with_segments_no_layout_changes_k(fields: dict[str, Any]) -> None:
         assert (sums <= math.floor(4 * 2 * 1.3)).all()
     with pytest.raises(UARError, match="6 tokens of a sequence"):
         of_batch(zscores[:6], budget)
+    unbounded = budget_of(beta=4.0, alpha=1.5, k_max=6, segment=4)
+    assert of_batch(zscores[:6], unbounded).shape == (6, 6)  # Eq. 5 has no use for segments
 
 
 @given(

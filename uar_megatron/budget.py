@@ -137,15 +137,15 @@ class ExpertBudget(FixedPrecisionModule):
             batch_size: sequences in the micro-batch.
 
         Raises:
-            UARError: the sequence is not a whole number of segments.
+            UARError: the sequence is not a whole number of the segments that are counted in.
         """
         budget, progress = self.budget, self.progress(step)
         bounds = (budget.k_min, budget.k_max)
         alpha = progress * budget.alpha
-        zscore_GN = self._segments(zscore_T, batch_size)
-        tokens = zscore_GN.shape[1]
         if budget.mode == "exact":
-            k_GN = exact_budget(zscore_GN, alpha, bounds, self.exact_total(tokens, step))
+            zscore_GN = self._segments(zscore_T, batch_size)
+            total = self.exact_total(zscore_GN.shape[1], step)
+            k_GN = exact_budget(zscore_GN, alpha, bounds, total)
             return self._tokens(k_GN, batch_size), None
         start = self.topk + _MIDDLE[budget.rounding]
         beta = budget.beta if self.beta is None else self.beta
@@ -153,8 +153,10 @@ class ExpertBudget(FixedPrecisionModule):
         k_T = free_budget(zscore_T, alpha, beta, bounds, budget.rounding)
         if budget.max_rows_factor is None:
             return k_T, None
+        zscore_GN = self._segments(zscore_T, batch_size)
         wanted_G = self._segments(k_T, batch_size).sum(dim=-1)
-        most_G = wanted_G.clamp_max(math.floor(budget.max_rows_factor * self.topk * tokens))
+        most = math.floor(budget.max_rows_factor * self.topk * zscore_GN.shape[1])
+        most_G = wanted_G.clamp_max(most)
         trimmed_GN = exact_budget(zscore_GN, alpha, bounds, most_G)
         # Rounding differs between the two forms: what need not be trimmed stays as Eq. 5 has it.
         within_GN = (most_G == wanted_G).unsqueeze(-1).expand_as(trimmed_GN)

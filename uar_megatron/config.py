@@ -109,8 +109,8 @@ class LayerBudget:
     target_mean_k: float
     rounding: str
     gain: float
-    segment: int | None = None
-    max_rows_factor: float | None = None
+    segment: int | None
+    max_rows_factor: float | None
 
     def constant_k(self) -> int | None:
         """Return the k that every token gets at every step, or None if tokens can differ."""

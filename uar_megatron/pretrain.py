@@ -38,7 +38,7 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
 
     from uar_megatron.data.check import check_dataset
     from uar_megatron.mcore.async_save import check_async_save
-    from uar_megatron.mcore.options import check_compatible
+    from uar_megatron.mcore.compatibility import check_compatible
 
     with _environment(WORLD_SIZE=str(world_size), RANK="0"), _megatron_refusals(), _argv(argv):
         args = parse_args()

@@ -28,8 +28,8 @@ from moe_cases import (  # noqa: E402
     uar_layer,
 )
 
+from uar_megatron.mcore.compatibility import check_compatible  # noqa: E402
 from uar_megatron.mcore.flex_dispatcher import UARFlexTokenDispatcher  # noqa: E402
-from uar_megatron.mcore.options import check_compatible  # noqa: E402
 from uar_megatron.mcore.step import commit  # noqa: E402
 
 BACKENDS = ("deepep", "hybridep", "ncclep")

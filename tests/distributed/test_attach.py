@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from jobs import TINY, losses, torchrun, train, train_stock
+from jobs import losses, train, train_arguments, train_stock, warm_torchrun
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -52,9 +52,8 @@ def test_what_starts_fresh_is_said(tmp_path: Path) -> None:
     """The bias is switched on later than the rest."""
     run_dir = tmp_path / "run"
     train(1, run_dir, "routing=uar_ae", "train_iters=4", "save_interval=2", "exit_interval=2")
-    arguments = ["-m", "uar_megatron.pretrain", "--config", str(TINY), f"run.dir={run_dir}"]
-    options = ["routing=uar_ae", "train_iters=4", "uar.bias.enabled=true"]
-    job = torchrun(1, *arguments, *options)
+    options = ("routing=uar_ae", "train_iters=4", "uar.bias.enabled=true")
+    job = warm_torchrun(1, *train_arguments(1, run_dir, *options))
     assert job.returncode == 0, job.stderr[-3000:]
     assert "has no .uar_ state of: bias.value; it starts fresh" in job.stdout + job.stderr
     assert sorted(losses(run_dir)) == [1, 2, 3, 4]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from jobs import torchrun, train
+from jobs import train, warm_torchrun
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -23,7 +23,7 @@ WORKERS = Path(__file__).with_name("extreme_workers.py")
 )
 def test_on_ranks(ranks: int, checks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(WORKERS.parents[1]))
-    job = torchrun(ranks, str(WORKERS), *checks)
+    job = warm_torchrun(ranks, str(WORKERS), *checks)
     assert job.returncode == 0, job.stderr[-6000:]
 
 

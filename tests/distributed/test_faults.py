@@ -20,10 +20,10 @@ from jobs import (
     environment,
     kill_job,
     losses,
-    torchrun,
     torchrun_command,
     train,
     train_arguments,
+    warm_torchrun,
 )
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def test_a_nonfinite_gradient_on_one_rank(straight: Path, tmp_path: Path) -> Non
     run_dir = tmp_path / "run"
     script = str(TESTS / "poisoned_pretrain.py")
     options = (f"run.dir={run_dir}", "launch.nproc_per_node=2", *OPTIONS)
-    job = torchrun(2, script, "6", str(TINY), *options)
+    job = warm_torchrun(2, script, "6", str(TINY), *options)
     assert job.returncode != 0
     said = job.stdout + job.stderr
     assert "found NaN in local grad norm" in said
@@ -178,7 +178,7 @@ def test_a_broken_checkpoint_is_refused(damage: str, straight: Path, tmp_path: P
     shutil.copytree(straight / "checkpoints", run_dir / "checkpoints")
     inflict, problem = DAMAGE[damage]
     inflict(run_dir / "checkpoints" / "iter_0000012")
-    job = torchrun(2, *train_arguments(2, run_dir, *OPTIONS))
+    job = warm_torchrun(2, *train_arguments(2, run_dir, *OPTIONS))
     assert job.returncode != 0
     assert problem in job.stderr
     assert "ckpt_step=8" in job.stderr

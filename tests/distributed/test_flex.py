@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import torchrun
+from jobs import warm_torchrun
 
 pytestmark = pytest.mark.slow
 WORKERS = Path(__file__).with_name("flex_workers.py")
@@ -16,5 +16,5 @@ def test_flex_moves_what_alltoall_moves(ranks: int, monkeypatch: pytest.MonkeyPa
     """Eight routings (on four ranks three, with expert tensor parallelism too) × three backends
     against alltoall, and a fixed k against stock's managers."""
     monkeypatch.setenv("PYTHONPATH", str(WORKERS.parents[1]))
-    job = torchrun(ranks, str(WORKERS))
+    job = warm_torchrun(ranks, str(WORKERS))
     assert job.returncode == 0, job.stderr[-6000:]

@@ -48,9 +48,11 @@ LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         *("mean", 2),
         (*EP2, "moe_token_dispatcher_type=allgather", "moe_grouped_gemm=true"),
     ),
+    "EP4": ("mean", 4, ("expert_model_parallel_size=4",)),
     "TP2, expert TP2": ("mean", 2, TP2),
     "TP2, EP2": ("mean", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
     "PP2 in 2 virtual stages": ("mean", 2, (*PP2, "num_layers_per_virtual_pipeline_stage=1")),
+    "TP2 × EP2": ("mean", 4, (*TP2, *EP2)),
     "PP2 × EP2": ("mean", 4, (*PP2, *EP2)),
     "exact, TP2 × EP2, micro-batch 4": ("exact", 4, (*TP2, *EP2, "micro_batch_size=4")),
     "bounded, TP2, micro-batch 1": ("bounded", 2, (*TP2, "micro_batch_size=1")),
@@ -111,7 +113,8 @@ CHAINS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "plain": (
         (2, EP2),
         (4, ("expert_model_parallel_size=4",)),
-        (2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
+        (4, (*TP2, *EP2)),
+        (4, (*PP2, *EP2)),
     ),
     "distributed optimizer": ((1, ()), (2, ()), (2, TP2), (2, PP2), (1, ())),
 }

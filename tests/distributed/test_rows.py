@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import torchrun
+from jobs import warm_torchrun
 
 pytestmark = pytest.mark.slow
 WORKERS = Path(__file__).with_name("row_workers.py")
@@ -14,5 +14,5 @@ WORKERS = Path(__file__).with_name("row_workers.py")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_rows_are_conserved(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(WORKERS.parents[1]))
-    job = torchrun(ranks, str(WORKERS))
+    job = warm_torchrun(ranks, str(WORKERS))
     assert job.returncode == 0, job.stdout[-2000:] + job.stderr[-6000:]

@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import environment, losses, torchrun, torchrun_command, train, train_arguments
+from jobs import (
+    environment,
+    losses,
+    torchrun_command,
+    train,
+    train_arguments,
+    warm_torchrun,
+)
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -62,7 +69,7 @@ def test_a_router_that_is_not_finite_is_named(tmp_path: Path, megatron_checks: b
     """The weights overflow in the second step; layer 2 is the first with a router."""
     options = (*AE, "lr=1e30", "lr_warmup_iters=0", "clip_grad=0", "normalization=LayerNorm")
     checks = "null" if megatron_checks else "true"
-    job = torchrun(
+    job = warm_torchrun(
         1,
         *train_arguments(
             1, tmp_path / "run", *options, f"no_check_for_nan_in_loss_and_grad={checks}"
@@ -78,7 +85,7 @@ def test_a_full_disk_costs_log_lines_not_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "run.jsonl").symlink_to("/dev/full")
-    job = torchrun(1, *train_arguments(1, run_dir, *AE, "train_iters=3"))
+    job = warm_torchrun(1, *train_arguments(1, run_dir, *AE, "train_iters=3"))
     assert job.returncode == 0, job.stderr[-3000:]
     assert "run log: cannot write" in job.stderr
     assert "step 3" in job.stdout

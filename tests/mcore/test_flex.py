@@ -12,6 +12,7 @@ from moe_cases import hidden_states, run, stock_layer, transformer_config, uar_l
 
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
+from uar_megatron.mcore.compatibility import check_compatible
 from uar_megatron.mcore.flex_dispatcher import (
     SlotBounds,
     UARFlexTokenDispatcher,
@@ -19,7 +20,6 @@ from uar_megatron.mcore.flex_dispatcher import (
     expert_slots,
     slot_bounds,
 )
-from uar_megatron.mcore.options import check_compatible
 from uar_megatron.mcore.spec import uar_layer_spec
 
 ON, OFF = True, False

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.arguments import megatron_parser
-from uar_megatron.mcore.options import OPTIONS, check_compatible, is_off, varies
+from uar_megatron.mcore.compatibility import check_compatible, is_off, varies
+from uar_megatron.mcore.options import OPTIONS
 
 
 def test_every_option_of_the_installed_megatron_is_in_the_table() -> None:
@@ -61,6 +62,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"policy": "uar", "budget": {"k_min": 3}, "expansion": {"ramp_steps": 5}},
         {},
         "uar.expansion.ramp_steps",
+    ),
+    (
+        {"policy": "uar", "budget": {"mode": "exact", "segment": 16}},
+        {"seq_length": 32, "tensor_model_parallel_size": 4},
+        "uar.budget.segment",
+    ),
+    (
+        {"policy": "uar", "budget": {"max_rows_factor": 1.5, "segment": 16}},
+        {"seq_length": 32, "context_parallel_size": 2},
+        "uar.budget.segment",
     ),
     (AE, {"moe_ncclep_static_shape": True}, "moe_ncclep_static_shape"),
     (AE, {"moe_router_fusion": True}, "moe_router_fusion"),
@@ -123,6 +134,11 @@ def test_every_refusal_is_tried() -> None:
 )
 def test_what_the_table_calls_supported_is_not_refused(changes: dict) -> None:
     check_compatible(UARConfig.model_validate(AE), megatron_args(**changes))
+
+
+def test_a_segment_that_nothing_counts_in_fits_every_layout() -> None:
+    uar = UARConfig.model_validate({"policy": "uar", "budget": {"segment": 16}})
+    check_compatible(uar, megatron_args(seq_length=32, tensor_model_parallel_size=4))
 
 
 def test_off_and_variable() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from uar_megatron.mcore.compat import MoELayer, MoESubmodules, get_default_pg_collection
+from uar_megatron.mcore.compatibility import varies
 from uar_megatron.mcore.flex_dispatcher import slot_bounds
-from uar_megatron.mcore.options import varies
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.token_dispatcher import (
     VARIABLE_K_DISPATCHERS,

@@ -25,10 +25,10 @@ from uar_megatron.mcore.compat import (
     training_arguments,
     transform_mtp_specs,
 )
+from uar_megatron.mcore.compatibility import check_compatible
 from uar_megatron.mcore.experts import TorchGroupedMLP
 from uar_megatron.mcore.guard import check_same_section
 from uar_megatron.mcore.moe_layer import UARMoELayer
-from uar_megatron.mcore.options import check_compatible
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.step import StepBoundary, routers_of
 
