@@ -8,14 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uar_megatron.balance import BalancingBias, epistemic_weight, masked_balancing_loss, threshold
+from uar_megatron.balance import (
+    BalancingBias,
+    balancing_sums,
+    epistemic_weight,
+    masked_balancing_loss,
+    threshold,
+)
 from uar_megatron.config import BiasConfig, CLBConfig
-from uar_megatron.decision import Uncertainty
+from uar_megatron.decision import RoutingDecision, Uncertainty
 
 
 def uncertainty(zscores: torch.Tensor, measure: torch.Tensor | None = None) -> Uncertainty:
     u = zscores * 0 if measure is None else measure
-    return Uncertainty(u, u, u, zscores, torch.isfinite(u))
+    return Uncertainty(u, u, u, zscores, torch.isfinite(u), u.new_zeros(()), u.new_ones(()))
 
 
 def test_threshold_schedule() -> None:
@@ -71,13 +77,14 @@ def test_masked_loss_and_its_gradient(
     routing_map = rng.random((tokens, parts, experts)) < 0.4
     omega = np.zeros((tokens, parts)) if nobody else rng.random((tokens, parts))
     variable = torch.tensor(logits, requires_grad=True)
+    sums = balancing_sums(
+        torch.softmax(variable, dim=-1).view(-1, experts),
+        torch.tensor(routing_map).view(-1, experts),
+        torch.tensor(omega).flatten(),
+        parts,
+    )
     loss = masked_balancing_loss(
-        torch.softmax(variable, dim=-1),
-        torch.tensor(omega),
-        torch.tensor(routing_map).sum(dim=0).double(),
-        torch.tensor(omega).sum(dim=0),
-        coeff,
-        epsilon,
+        sums.weighted_BE, sums.slots_BE.double(), sums.omega_B, coeff, epsilon
     )
     loss.backward()
     losses = []
@@ -125,7 +132,9 @@ def test_bias_update(seed: int, rule: str, mask: bool, recentre: bool) -> None:
         zscores = rng.normal(size=tokens)
         theta = 0.3 if mask else None
         measured = uncertainty(torch.tensor(zscores, dtype=torch.float32))
-        bias.accumulate(torch.tensor(routing_map), measured, theta, clb)
+        routing_map_TE = torch.tensor(routing_map)
+        routed = RoutingDecision(routing_map_TE.float(), routing_map_TE, routing_map_TE.sum(dim=1))
+        bias.accumulate(routed, measured, theta, clb)
         for row, z in zip(routing_map, zscores, strict=True):
             weighted += row * ((1.0 if z > 0.3 else 0.25) if mask else 1.0)
     bias.commit(bias.pending().clone())

@@ -20,7 +20,9 @@ def batch(tokens: int, seed: int) -> tuple[Uncertainty, RoutingDecision, torch.T
     decision = RoutingDecision(routing_map.float(), routing_map, routing_map.sum(dim=1))
     zscores = torch.randn(tokens, generator=generator)
     finite = torch.isfinite(energy)
-    return Uncertainty(energy, entropy, energy, zscores, finite), decision, torch.rand(tokens)
+    one = torch.ones(())
+    measured = Uncertainty(energy, entropy, energy, zscores, finite, one, one)
+    return measured, decision, torch.rand(tokens)
 
 
 def reader_of(max_k: int) -> LayerMetrics:
@@ -35,7 +37,7 @@ def test_equals_a_count_by_hand() -> None:
     for step in range(3):
         parts = [batch(n, 10 * step + n) for n in (0, 5, 7)]
         for uncertainty, decision, omega in parts:
-            metrics.add(uncertainty, decision.routing_map_TE, omega, None)
+            metrics.add(uncertainty, decision, omega, None)
             metrics.add_loss("aux_loss", torch.tensor(2.0 + step), share=0.5)
             metrics.add_rows(int(decision.k_T.sum()))
         metrics.end_step()
@@ -78,7 +80,7 @@ def test_nonfinite_tokens_are_counted_apart() -> None:
     uncertainty.energy_T[2] = math.nan
     uncertainty.finite_T[2] = False
     valid = torch.tensor([True] * 5 + [False])
-    metrics.add(uncertainty, decision.routing_map_TE, None, valid)
+    metrics.add(uncertainty, decision, None, valid)
     metrics.end_step()
     record = describe(metrics.flat(4), 4, 4, 1)
     assert (record["tokens"], record["nonfinite"]) == (4, 1)
@@ -104,7 +106,7 @@ def test_without_a_reader_nothing_is_kept() -> None:
     metrics = LayerMetrics(4, 4, (1.0, -2.0), "cpu")
     uncertainty, decision, _ = batch(6, 0)
     for _ in range(3):
-        metrics.add(uncertainty, decision.routing_map_TE, None, None)
+        metrics.add(uncertainty, decision, None, None)
         metrics.end_step()
     assert len(metrics.flat(4)) == LayerMetrics.width(4, 4, 0)
     assert torch.count_nonzero(metrics.flat(4)) == 0
@@ -113,11 +115,11 @@ def test_without_a_reader_nothing_is_kept() -> None:
 def test_a_step_that_is_repeated_counts_once() -> None:
     metrics = reader_of(4)
     uncertainty, decision, _ = batch(6, 0)
-    metrics.add(uncertainty, decision.routing_map_TE, None, None)
+    metrics.add(uncertainty, decision, None, None)
     metrics.end_step()
     expected = metrics.flat(4)
     snapshot = metrics.snapshot()
-    metrics.add(uncertainty, decision.routing_map_TE, None, None)
+    metrics.add(uncertainty, decision, None, None)
     metrics.end_step()
     metrics.restore(snapshot)
     assert torch.equal(metrics.flat(4), expected)

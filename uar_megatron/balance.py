@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from uar_megatron.config import BiasConfig, CLBConfig
-from uar_megatron.decision import Uncertainty
+from uar_megatron.decision import CompactDecision, RoutingDecision, Uncertainty
 from uar_megatron.uncertainty import FixedPrecisionModule
 
 
@@ -47,9 +48,44 @@ def epistemic_weight(uncertainty: Uncertainty, theta: float, clb: CLBConfig) -> 
     return omega_T.masked_fill(~uncertainty.finite_T, 0.0)
 
 
+class BalancingSums(NamedTuple):
+    """What a balancing loss needs of a rank's tokens; padding is left out.
+
+    Attributes:
+        slots_BE: slots routed to each expert.
+        weighted_BE: Σ_h ω_h·p_{h,e} (differentiable; ω is not).
+        omega_B: Σ_h ω_h.
+    """
+
+    slots_BE: torch.Tensor
+    weighted_BE: torch.Tensor
+    omega_B: torch.Tensor
+
+    def together(self) -> BalancingSums:
+        """The sums over all sequences, as one."""
+        return BalancingSums(*(part.sum(dim=0, keepdim=True) for part in self))
+
+
+def balancing_sums(
+    scores_TE: torch.Tensor, routed_TE: torch.Tensor, omega_T: torch.Tensor, parts: int
+) -> BalancingSums:
+    """Sum over the tokens of each of ``parts`` sequences, or of all together (1).
+
+    Args:
+        scores_TE: router probabilities p (differentiable), fp32.
+        routed_TE: routed map, padding rows False.
+        omega_T: ω (detached), padding 0.
+        parts: tokens are ordered ``[sequence, batch]``; the size of the batch, or 1.
+    """
+    experts = scores_TE.shape[-1]
+    omega_SB = omega_T.view(-1, parts)
+    weighted_BE = (omega_SB.unsqueeze(-1) * scores_TE.view(-1, parts, experts)).sum(dim=0)
+    slots_BE = routed_TE.view(-1, parts, experts).sum(dim=0)
+    return BalancingSums(slots_BE, weighted_BE, omega_SB.sum(dim=0))
+
+
 def masked_balancing_loss(
-    scores_SBE: torch.Tensor,
-    omega_SB: torch.Tensor,
+    weighted_BE: torch.Tensor,
     slots_BE: torch.Tensor,
     omega_B: torch.Tensor,
     coeff: float,
@@ -63,8 +99,7 @@ def masked_balancing_loss(
     its own: the sequences for ``seq_aux_loss``, a single part for the others.
 
     Args:
-        scores_SBE: this rank's router probabilities p (differentiable), fp32, padding rows 0.
-        omega_SB: this rank's weights ω (detached), padding 0.
+        weighted_BE: this rank's Σ_h ω_h·p_{h,e}.
         slots_BE: slots routed to each expert, summed over the ranks that share the tokens.
         omega_B: Σ ω over the same ranks.
         coeff: loss coefficient.
@@ -74,9 +109,8 @@ def masked_balancing_loss(
         This rank's summand of the loss; the sum over those ranks is the loss.
     """
     fractions_BE = slots_BE / slots_BE.sum(dim=-1, keepdim=True).clamp_min(1.0)
-    weighted_BE = (omega_SB.unsqueeze(-1) * scores_SBE).sum(dim=0)
     loss_B = (fractions_BE * weighted_BE).sum(dim=-1) / (omega_B + epsilon)
-    return coeff * scores_SBE.shape[-1] * loss_B.mean()
+    return coeff * slots_BE.shape[-1] * loss_B.mean()
 
 
 class BalancingBias(FixedPrecisionModule):
@@ -106,28 +140,32 @@ class BalancingBias(FixedPrecisionModule):
     @torch.no_grad()
     def accumulate(
         self,
-        routing_map_TE: torch.Tensor,
+        routed: RoutingDecision | CompactDecision,
         uncertainty: Uncertainty,
         theta: float | None,
         clb: CLBConfig,
+        valid_T: torch.Tensor | None = None,
     ) -> None:
         """Count the slots of each expert, each token's weighted by λ_hi or λ_lo (Eq. 7).
 
         Args:
-            routing_map_TE: routed map, padding rows False.
+            routed: where the tokens go.
             uncertainty: of the same tokens.
             theta: θ_t, or None: every token counts 1, which is the stock update.
             clb: λ_hi for tokens with ẑ > θ (u > θ in absolute units), λ_lo for the rest.
+            valid_T: False for padding, which is left out.
         """
         if theta is None:
-            self._pending += routing_map_TE.sum(dim=0)
+            self._pending += routed.slots(valid_T)
             return
         is_uncertain_T = masked_quantity(uncertainty, clb) > theta
         # Multiples of 2⁻²⁰: their sums are exact in any order, so that no layout of the ranks can
         # turn the sign of an offset that is zero.
         high, low = (round(2**20 * weight) / 2**20 for weight in (clb.lambda_hi, clb.lambda_lo))
-        weight_T = torch.where(is_uncertain_T, high, low).double()
-        self._pending += weight_T @ routing_map_TE.double()
+        weight_T = torch.where(is_uncertain_T, high, low)
+        if valid_T is not None:
+            weight_T = weight_T * valid_T
+        self._pending += routed.weighted_slots(weight_T)
 
     def pending(self) -> torch.Tensor:
         """This rank's weighted slot counts since the last commit, float64 ``[experts]``."""

@@ -126,6 +126,14 @@ class ExpertBudget(FixedPrecisionModule):
         segment = self.budget.segment or max(tokens, 1)
         return tokens // segment * round(segment * mean_k)
 
+    def line(self, step: int) -> tuple[float, float | torch.Tensor]:
+        """Return (α, β) of Eq. 5 at this step, in the modes ``free`` and ``mean``."""
+        budget, progress = self.budget, self.progress(step)
+        start = self.topk + _MIDDLE[budget.rounding]
+        beta = budget.beta if self.beta is None else self.beta
+        beta = start + progress * (beta - start) if progress < 1.0 else beta
+        return progress * budget.alpha, beta
+
     def experts_of(
         self, zscore_T: torch.Tensor, step: int, batch_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -139,17 +147,14 @@ class ExpertBudget(FixedPrecisionModule):
         Raises:
             UARError: the sequence is not a whole number of the segments that are counted in.
         """
-        budget, progress = self.budget, self.progress(step)
-        bounds = (budget.k_min, budget.k_max)
-        alpha = progress * budget.alpha
+        budget, bounds = self.budget, (self.budget.k_min, self.budget.k_max)
         if budget.mode == "exact":
             zscore_GN = self._segments(zscore_T, batch_size)
             total = self.exact_total(zscore_GN.shape[1], step)
+            alpha = self.progress(step) * budget.alpha
             k_GN = exact_budget(zscore_GN, alpha, bounds, total)
             return self._tokens(k_GN, batch_size), None
-        start = self.topk + _MIDDLE[budget.rounding]
-        beta = budget.beta if self.beta is None else self.beta
-        beta = start + progress * (beta - start) if progress < 1.0 else beta
+        alpha, beta = self.line(step)
         k_T = free_budget(zscore_T, alpha, beta, bounds, budget.rounding)
         if budget.max_rows_factor is None:
             return k_T, None

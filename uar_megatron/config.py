@@ -356,6 +356,10 @@ class UARConfig(Section):
     """Aux-loss-free bias."""
     states: StatesConfig = StatesConfig()
     """Borders of the routing states."""
+    kernel_backend: Literal["auto", "triton", "torch"] = "auto"
+    """What routes and permutes: fused Triton kernels or plain torch. ``auto``: the kernels on a
+    GPU, if they know the other settings; the log says which and why. ``triton`` never falls back.
+    At steps that are stock Megatron's, Megatron's own code runs."""
     consistency_interval: Annotated[int, Field(ge=0)] = 100
     """Optimizer steps between comparisons of the routing state of all ranks that share a layer; a
     run whose ranks disagree stops and names them. The first step is compared too; 0 for never."""

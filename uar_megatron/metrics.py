@@ -11,7 +11,7 @@ import math
 import torch
 
 from uar_megatron.config import StatesConfig
-from uar_megatron.decision import Uncertainty
+from uar_megatron.decision import CompactDecision, RoutingDecision, Uncertainty
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 # Per token; the sums of their products are kept, of which these are some: Σ counted·energy = ΣF,
@@ -77,7 +77,7 @@ class LayerMetrics:
     def add(
         self,
         uncertainty: Uncertainty,
-        dispatched_TE: torch.Tensor,
+        dispatched: RoutingDecision | CompactDecision,
         omega_T: torch.Tensor | None,
         valid_T: torch.Tensor | None,
     ) -> None:
@@ -85,7 +85,7 @@ class LayerMetrics:
 
         Args:
             uncertainty: of the tokens.
-            dispatched_TE: the slots that are computed, after token dropping.
+            dispatched: the slots that are computed, after token dropping.
             omega_T: ω, or None for 1.
             valid_T: False for padding, or None.
         """
@@ -105,9 +105,8 @@ class LayerMetrics:
             )
         ).double()
         rows_RT = rows_RT.masked_fill(~counted_T, 0.0)
-        counted_TE = dispatched_TE & counted_T.unsqueeze(-1)
-        self._step_slots_E += counted_TE.sum(dim=0)
-        k_T = counted_TE.sum(dim=-1).clamp_max(self.max_k)
+        self._step_slots_E += dispatched.slots(counted_T)
+        k_T = dispatched.k_T.long().clamp_max(self.max_k)
         products = len(_ROWS) ** 2
         self._step_sums[:products] += (rows_RT @ rows_RT.T).flatten()
         self._step_sums[_SUMS:].scatter_add_(0, k_T, rows_RT[0])

@@ -77,6 +77,7 @@ class UncertaintyStatistics(FixedPrecisionModule):
         self.momentum = config.statistics.momentum
         self.of_batch = config.statistics.mode == "batch"
         self.reduce = reduce
+        self._inverse: tuple[torch.Tensor | None, int, torch.Tensor | None] = (None, 0, None)
         self._first_passes: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("var", torch.zeros((), dtype=torch.float64, device=device))
@@ -107,31 +108,53 @@ class UncertaintyStatistics(FixedPrecisionModule):
             logits_TE: router logits.
             valid_T: False for padding, which has no part in a micro-batch's own values.
         """
-        is_recomputed_or_only_pass = torch.is_grad_enabled()
         with torch.no_grad():
             energy_T, entropy_T = energy_and_entropy(logits_TE, self.temperature)
+        return self.normalise(energy_T, entropy_T, valid_T)
+
+    def normalise(
+        self,
+        energy_T: torch.Tensor,
+        entropy_T: torch.Tensor,
+        valid_T: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> Uncertainty:
+        """Return u and ẑ of tokens whose energy and entropy are known, as :meth:`measure`.
+
+        Args:
+            energy_T: F.
+            entropy_T: H.
+            valid_T: False for padding.
+            sums: of these tokens, as :meth:`pending` has them, where they are known.
+        """
+        is_recomputed_or_only_pass = torch.is_grad_enabled()
+        with torch.no_grad():
             u_T = energy_T if self.measure_name == "energy" else entropy_T
             finite_T = energy_T.abs() < math.inf
             if self.of_batch and self.training:
-                mean, var = self._batch_values(u_T, finite_T, valid_T, is_recomputed_or_only_pass)
+                total = self._sums(u_T, finite_T, valid_T) if sums is None else sums.clone()
+                mean, var = self._batch_values(total, is_recomputed_or_only_pass)
+                inverse = _inverse_sigma(var)
             else:
-                mean, var = self.mean, self.var
-            # No spread, or no statistics yet (var is 0 then): every token is average.
-            inverse = (var > SIGMA_FLOOR**2) * var.clamp_min(SIGMA_FLOOR**2).rsqrt()
+                mean, inverse = self.frozen()
             zscore_T = ((u_T - mean) * inverse).float().masked_fill(~finite_T, 0.0)
             energy_T, entropy_T, u_T = energy_T.float(), entropy_T.float(), u_T.float()
-            return Uncertainty(energy_T, entropy_T, u_T, zscore_T, finite_T)
+            return Uncertainty(energy_T, entropy_T, u_T, zscore_T, finite_T, mean, inverse)
+
+    @torch.no_grad()
+    def frozen(self) -> tuple[torch.Tensor, Any]:
+        """Return the moving ū and 1/σ_u, scalars; the latter is computed once per step."""
+        of, version, inverse = self._inverse
+        if of is not self.var or version != self.var._version:  # loading changes it in place
+            inverse = _inverse_sigma(self.var)
+            self._inverse = (self.var, self.var._version, inverse)
+        return self.mean, inverse
 
     def _batch_values(
-        self,
-        u_T: torch.Tensor,
-        finite_T: torch.Tensor,
-        valid_T: torch.Tensor | None,
-        with_gradients: bool,
+        self, total: torch.Tensor, with_gradients: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if with_gradients and self._first_passes:
             return self._first_passes.popleft()
-        total = self._sums(u_T, finite_T, valid_T)
         if self.reduce is not None:
             self.reduce(total)
         values = _mean_shift_and_variance(total)
@@ -152,9 +175,22 @@ class UncertaintyStatistics(FixedPrecisionModule):
         return torch.stack((shift, squares, count, valid - count))
 
     @torch.no_grad()
-    def accumulate(self, uncertainty: Uncertainty, valid_T: torch.Tensor | None = None) -> None:
-        """Add this micro-batch's deviations; padding (``valid_T`` False) is left out."""
-        self._pending += self._sums(uncertainty.measure_T, uncertainty.finite_T, valid_T)
+    def accumulate(
+        self,
+        uncertainty: Uncertainty,
+        valid_T: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> None:
+        """Add this micro-batch's deviations; padding (``valid_T`` False) is left out.
+
+        Args:
+            uncertainty: of the tokens.
+            valid_T: False for padding.
+            sums: of these tokens, as :meth:`pending` has them, where they are known.
+        """
+        if sums is None:
+            sums = self._sums(uncertainty.measure_T, uncertainty.finite_T, valid_T)
+        self._pending += sums
 
     def pending(self) -> torch.Tensor:
         """This rank's sums since the last commit, float64 ``[PENDING_SIZE]``."""
@@ -190,6 +226,11 @@ class UncertaintyStatistics(FixedPrecisionModule):
         self.num_updates = updates
         self._pending.zero_()
         self._first_passes.clear()
+
+
+def _inverse_sigma(var: torch.Tensor) -> torch.Tensor:
+    """1/σ; 0 where there is no spread, or are no statistics yet: every token is average then."""
+    return (var > SIGMA_FLOOR**2) * var.clamp_min(SIGMA_FLOOR**2).rsqrt()
 
 
 def _mean_shift_and_variance(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ CHECKS = (
     "disagreement",
     "expert_parallel_parity",
     "expert_parallel_rows",
+    "kernels",
 )
 
 

@@ -218,6 +218,39 @@ def expert_parallel_rows() -> None:
         assert len({round(x, 9) for x in metrics["k_histogram"]}) > 2
 
 
+def kernels() -> None:
+    """Rows exchanged by the kernels are those of plain torch; they wait where Megatron does."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1, ep_rank=dist.get_rank())
+    budgets = {
+        "free": {"alpha": 2.0, "beta": 2.0, "k_min": 0, "k_max": 5},
+        "exact": {"mode": "exact", "alpha": 2.0, "k_max": 5},
+        "nothing": {"alpha": 0.0, "beta": 0.0, "k_min": 0, "k_max": 5},
+    }
+    points = {}
+    for name, budget in budgets.items():
+        for tokens in ((20, 31), (1, 12)):
+            config = transformer_config(expert_model_parallel_size=2, moe_z_loss_coeff=0.1)
+            found = []
+            for backend in ("torch", "triton"):
+                uar = {"policy": "uar", "budget": budget, "kernel_backend": backend}
+                layer = uar_layer(config, uar, like=stock_layer(config))
+                with torch.no_grad():
+                    layer.router.weight.mul_(20)
+                layer(hidden_states(24, seed=9))
+                commit([layer.router])
+                found.append(run(layer, hidden_states(tokens[dist.get_rank()], seed=3)))
+                points[name, backend] = layer.token_dispatcher.cuda_sync_point
+            expected, ours = found
+            assert set(ours) == set(expected)
+            for key in set(ours) - {"probs", "routing_map"}:  # these are compact
+                torch.testing.assert_close(ours[key], expected[key], rtol=2e-5, atol=2e-6)
+    assert points["free", "torch"] == "before_permutation_1"
+    assert points["free", "triton"] == "before_ep_alltoall"
+    assert points["exact", "triton"] == points["exact", "torch"] == "before_ep_alltoall"
+
+
 def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker, tokens: int) -> list[int]:
     """Take three steps with this rank's number of tokens; all-reduces of each step."""
     counts = []

@@ -598,8 +598,9 @@ def test_depth_schedule_reaches_the_layers() -> None:
     assert betas == [1.5, 2.5, 3.5]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_no_mode_waits_for_the_device_more_often_than_stock(
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Megatron's dispatcher waits once per pass; `exact` does not even need it earlier."""
     waits = []
@@ -610,7 +611,8 @@ def test_no_mode_waits_for_the_device_more_often_than_stock(
     stock = stock_layer(transformer_config())
     for mode in ("stock", "exact", "free"):
         budget = {**AE["budget"], "mode": mode, "target_mean_k": 2.5}
-        layer = stock if mode == "stock" else layer_with_statistics({**AE, "budget": budget})
+        uar = {**AE, "budget": budget, "kernel_backend": backend}
+        layer = stock if mode == "stock" else layer_with_statistics(uar)
         waits.clear()
         layer(inputs)
         layer(inputs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from uar_megatron.balance import masked_balancing_loss
+from uar_megatron.balance import BalancingSums, masked_balancing_loss
 from uar_megatron.mcore.compat import TopKRouter
 
 
@@ -26,17 +27,33 @@ AUX_LOSSES = (
 )
 
 
+class AttachGradient(torch.autograd.Function):
+    """Hand on a tensor; in backward, start what hangs on another one, which is not used itself.
+
+    Megatron's losses ride on the tensor they are computed from (``MoEAuxLossAutoScaler``). Where
+    that is not what goes on to the experts, it is tied to what does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
+        """Return ``value``."""
+        ctx.carrier_shape = carrier.shape
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give ``carrier`` a gradient of zeros, to which its loss adds its own."""
+        return grad, grad.new_zeros(ctx.carrier_shape)
+
+
 class MaskedBalancingRouter(TopKRouter):
     """``TopKRouter`` with auxiliary losses of any routing map and any weights of the tokens."""
 
     def attach_balancing_losses(
         self,
-        probs_TE: torch.Tensor,
-        scores_TE: torch.Tensor,
-        routed_TE: torch.Tensor,
-        omega_T: torch.Tensor,
+        probs: torch.Tensor,
+        sums_of: Callable[[bool], BalancingSums],
         valid_tokens: torch.Tensor,
-        batch_size: int,
         epsilon: float,
     ) -> torch.Tensor:
         """Attach every auxiliary loss that is on, as Megatron scales and logs it (router.py:407).
@@ -51,45 +68,34 @@ class MaskedBalancingRouter(TopKRouter):
         moe_utils.py:272 reduces in place).
 
         Args:
-            probs_TE: what the losses are attached to.
-            scores_TE: normalised scores p (differentiable), padding rows 0.
-            routed_TE: routed map, padding rows False.
-            omega_T: ω of each token, 1 without a mask; padding 0.
+            probs: what the losses are attached to.
+            sums_of: sums over this rank's tokens, for each sequence if asked with True, else for
+                all of them together.
             valid_tokens: tokens of this rank that are no padding, ``[1]``.
-            batch_size: sequences in the micro-batch; tokens are ordered ``[sequence, batch]``.
             epsilon: ε of Eq. 6.
 
         Returns:
-            ``probs_TE`` with the losses attached.
+            ``probs`` with the losses attached.
         """
-        experts = routed_TE.shape[-1]
         for loss_type in AUX_LOSSES:
             coeff = self.get_aux_loss_coeff(loss_type.name)
             if coeff == 0:
                 continue
-            parts = batch_size if loss_type.per_sequence else 1
+            sums = sums_of(loss_type.per_sequence)
             group = self.tp_dp_cp_group if loss_type.is_global else self.tp_cp_group
-            slots_BE = routed_TE.view(-1, parts, experts).sum(dim=0).float()
-            omega_SB = omega_T.view(-1, parts)
-            shared = torch.cat((slots_BE.flatten(), omega_SB.sum(dim=0), valid_tokens))
+            slots_BE = sums.slots_BE.float()
+            shared = torch.cat((slots_BE.flatten(), sums.omega_B, valid_tokens))
             if group.size() > 1:
                 torch.distributed.all_reduce(shared, group=group)
-            slots, omega_B, all_valid = shared.split((parts * experts, parts, 1))
-            slots_BE = slots.view(parts, experts)
+            slots, omega_B, all_valid = shared.split((slots_BE.numel(), len(slots_BE), 1))
+            slots_BE = slots.view_as(slots_BE)
             if loss_type.is_global:
                 self.global_tokens_per_expert += slots_BE[0]
                 self.ga_steps += 1
                 slots_BE = (self.global_tokens_per_expert / self.ga_steps).unsqueeze(0)
-            loss = masked_balancing_loss(
-                scores_TE.view(-1, parts, experts),
-                omega_SB,
-                slots_BE,
-                omega_B,
-                coeff,
-                epsilon,
-            )
-            probs_TE = self.attach_and_log_load_balancing_loss(
-                probs_TE,
+            loss = masked_balancing_loss(sums.weighted_BE, slots_BE, omega_B, coeff, epsilon)
+            probs = self.attach_and_log_load_balancing_loss(
+                probs,
                 coeff,
                 loss,
                 loss_type.logged_as,
@@ -97,4 +103,4 @@ class MaskedBalancingRouter(TopKRouter):
                 needs_dp_avg=not loss_type.is_global,
                 valid_token_count=all_valid[0] / group.size(),
             )
-        return probs_TE
+        return probs

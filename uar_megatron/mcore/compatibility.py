@@ -8,6 +8,7 @@ from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.depth import moe_layers
 from uar_megatron.mcore.flex_dispatcher import check_flex
+from uar_megatron.mcore.kernels import uses_kernels
 from uar_megatron.mcore.options import OPTIONS, loss_types
 
 
@@ -57,6 +58,7 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
             name, value = option.names[0], option.value and f"={option.value}"
             raise ConfigError(name, f"{name}{value}: {option.note}", remedy=option.remedy)
     check_flex(uar, args)
+    uses_kernels(uar, args)
 
 
 def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:

@@ -22,7 +22,7 @@ class UARMoELayer(MoELayer):
     """``MoELayer`` that exchanges its dispatcher and counts the rows its experts compute.
 
     The dispatcher stays Megatron's own where the number of experts per token is
-    ``moe_router_topk`` for every token.
+    ``moe_router_topk`` for every token and no kernels route.
     """
 
     router: UARRouter
@@ -42,7 +42,8 @@ class UARMoELayer(MoELayer):
             router = functools.partial(submodules.router, layer_number=layer_number)
             submodules = dataclasses.replace(submodules, router=router)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        is_stock = self.router.policy.fixed_k == config.moe_router_topk
+        has_kernels = self.router.has_kernels and not self.router.is_off
+        is_stock = self.router.policy.fixed_k == config.moe_router_topk and not has_kernels
         slots = {}
         if config.moe_token_dispatcher_type == "flex":
             # NCCL-EP has one width for all layers, those of stock's k included.
@@ -59,6 +60,7 @@ class UARMoELayer(MoELayer):
             )
             if isinstance(self.token_dispatcher, UARAlltoAllTokenDispatcher):
                 self.token_dispatcher.total_slots = self._total_slots
+                self.token_dispatcher.most_slots = self.router.policy.most_slots
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
         self.experts.register_forward_pre_hook(self._count_rows)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from uar_megatron.balance import BalancingBias, epistemic_weight, threshold
+from uar_megatron.balance import BalancingBias, balancing_sums, epistemic_weight, threshold
 from uar_megatron.config import UARConfig
-from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.mcore.balancing import AUX_LOSSES, MaskedBalancingRouter
+from uar_megatron.decision import CompactDecision, RoutingDecision, Uncertainty
+from uar_megatron.mcore.balancing import AUX_LOSSES, AttachGradient, MaskedBalancingRouter
 from uar_megatron.mcore.compat import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
 from uar_megatron.mcore.depth import layer_budget
+from uar_megatron.mcore.kernels import uses_kernels
 from uar_megatron.metrics import LayerMetrics, state_thresholds
 from uar_megatron.policies import POLICIES, RouterSettings
+from uar_megatron.policies.fused import route_fused
 from uar_megatron.uncertainty import UncertaintyStatistics
 
 _LOSS_OF_LOG_NAME = {loss.logged_as: loss.name for loss in AUX_LOSSES}
@@ -74,6 +77,8 @@ class UARRouter(MaskedBalancingRouter):
             device=device,
         )
         self.policy = POLICIES[uar.policy](settings)
+        self.settings = settings
+        self.has_kernels = uses_kernels(uar, config)
         self.uar_policy = self.policy.state
         self.uar_statistics = UncertaintyStatistics(
             uar, device, functools.partial(torch.distributed.all_reduce, group=self.tp_dp_cp_group)
@@ -116,30 +121,75 @@ class UARRouter(MaskedBalancingRouter):
                 docstring, reads it), or None.
 
         Returns:
-            ``(probs_TE, routing_map_TE)``.
+            ``(probs_TE, routing_map_TE)``; with the kernels and the all-to-all dispatcher, which
+            takes them as they are, ``(probs_TK, index_TK)``.
         """
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        theta = threshold(self.step, self.uar.clb)
+        is_stock = self.policy.is_stock(self.step) and theta is None and self.uar_bias is None
+        if self.has_kernels and not is_stock:
+            return self._fused_routing(logits, padding_mask, valid_T, theta)
         uncertainty = self.uar_statistics.measure(
             logits.detach().view(-1, self.num_experts), valid_T
         )
-        theta = threshold(self.step, self.uar.clb)
         omega_T = None if theta is None else epistemic_weight(uncertainty, theta, self.uar.clb)
-        if self.policy.is_stock(self.step) and theta is None and self.uar_bias is None:
+        if is_stock:
             probs_TE, routing_map_TE = super().routing(logits, padding_mask)
             routed_TE = routing_map_TE
             if self.config.moe_pad_expert_input_to_capacity:
                 # Slots that only fill up an expert's capacity have no weight.
                 routed_TE = routed_TE & (probs_TE != 0)
-            routed = RoutingDecision(probs_TE, routed_TE, routed_TE.sum(dim=-1))
+            routed = dispatched = RoutingDecision(probs_TE, routed_TE, routed_TE.sum(dim=-1))
         else:
-            routed, probs_TE, routing_map_TE = self._uar_routing(
+            routed, dispatched, probs_TE, routing_map_TE = self._uar_routing(
                 logits, padding_mask, valid_T, uncertainty, omega_T
             )
-        # Only a forward that will be differentiated counts: neither evaluation nor the first,
-        # gradient-free pass of activation recomputation.
-        if self.training and torch.is_grad_enabled():
-            self._accumulate(uncertainty, routed, routing_map_TE, theta, omega_T, valid_T)
+        self._accumulate(uncertainty, routed, dispatched, theta, omega_T, valid_T)
         return probs_TE, routing_map_TE
+
+    def _fused_routing(
+        self,
+        logits: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        valid_T: torch.Tensor | None,
+        theta: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_uar_routing`, by the kernels."""
+        per_sequence = self.get_aux_loss_coeff("seq_aux_loss") > 0
+        found = route_fused(
+            logits.view(-1, self.num_experts),
+            self.policy,
+            self.settings,
+            self.uar_statistics,
+            self.uar.clb,
+            theta=theta,
+            bias_E=self.expert_bias if self.uar_bias is None else self.uar_bias.value,
+            valid_T=valid_T,
+            step=self.step,
+            batch_size=logits.shape[1],
+            sequences=logits.shape[1] if per_sequence else 1,
+        )
+        routed, sums = found.routed, found.balancing
+        probs_TK = routed.probs_TK
+        if self.training and torch.is_grad_enabled():
+            # The logsumexp of one number is the number itself.
+            padding_T = None if padding_mask is None else padding_mask.reshape(-1)
+            lse_T1 = self.apply_z_loss(found.lse_T.unsqueeze(-1), padding_mask=padding_T)
+            probs_TK = AttachGradient.apply(probs_TK, lse_T1)
+            if self.is_aux_loss_enabled():
+                probs_TK = self.attach_balancing_losses(
+                    probs_TK,
+                    lambda apart: sums if apart else sums.together(),
+                    UncertaintyStatistics.tokens(found.sums).float().reshape(1),
+                    self.uar.clb.epsilon,
+                )
+        self._apply_expert_bias(routed.slots_E.unsqueeze(0))  # which only sums over the tokens
+        uncertainty = found.uncertainty
+        omega_T = None if theta is None else epistemic_weight(uncertainty, theta, self.uar.clb)
+        self._accumulate(uncertainty, routed, routed, theta, omega_T, valid_T, found.sums)
+        routed = dataclasses.replace(routed, probs_TK=probs_TK)
+        is_compact = self.config.moe_token_dispatcher_type == "alltoall"
+        return (probs_TK, routed.index_TK) if is_compact else routed.densify()
 
     def _uar_routing(
         self,
@@ -148,8 +198,8 @@ class UARRouter(MaskedBalancingRouter):
         valid_T: torch.Tensor | None,
         uncertainty: Uncertainty,
         omega_T: torch.Tensor | None,
-    ) -> tuple[RoutingDecision, torch.Tensor, torch.Tensor]:
-        """Return the decision, and the probabilities and map that are left after token dropping."""
+    ) -> tuple[RoutingDecision, RoutingDecision, torch.Tensor, torch.Tensor]:
+        """Return the decision, what token dropping leaves of it, and what is dispatched."""
         batch_size = logits.shape[1]
         logits_TE = logits.view(-1, self.num_experts)
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
@@ -161,6 +211,7 @@ class UARRouter(MaskedBalancingRouter):
         if valid_T is not None:
             routed_TE = routed_TE & valid_T.unsqueeze(-1)
         probs_TE, routing_map_TE = routed.probs_TE, routed.routing_map_TE
+        dispatched = routed
         if self.config.moe_expert_capacity_factor is not None:
             # Capacities count moe_router_topk experts per token, whatever each token's k.
             probs_TE, routing_map_TE = apply_router_token_dropping(
@@ -171,6 +222,9 @@ class UARRouter(MaskedBalancingRouter):
                 drop_policy=self.config.moe_token_drop_policy,
                 pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
             )
+            # Padding to capacity dispatches slots that nobody was routed to.
+            kept_TE = routing_map_TE & routed.routing_map_TE
+            dispatched = RoutingDecision(probs_TE, kept_TE, kept_TE.sum(dim=-1))
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             # Megatron takes a fixed top-k of the scores again for its losses; here the losses see
             # the map that was routed, so only the scores are used.
@@ -179,18 +233,18 @@ class UARRouter(MaskedBalancingRouter):
             )
             weight_T = scores_TE.new_ones(scores_TE.shape[0]) if omega_T is None else omega_T
             is_valid_T = torch.ones_like(weight_T) if valid_T is None else valid_T
+            weight_T = weight_T * is_valid_T
             probs_TE = self.attach_balancing_losses(
                 probs_TE,
-                scores_TE,
-                routed_TE,
-                weight_T * is_valid_T,
+                lambda apart: balancing_sums(
+                    scores_TE, routed_TE, weight_T, batch_size if apart else 1
+                ),
                 is_valid_T.sum(dim=0, keepdim=True),
-                batch_size,
                 self.uar.clb.epsilon,
             )
         # Padding is masked here: with a padding mask Megatron's own line fails (router.py:738).
         self._apply_expert_bias(routed_TE)
-        return routed, probs_TE, routing_map_TE
+        return routed, dispatched, probs_TE, routing_map_TE
 
     def attach_and_log_load_balancing_loss(
         self,
@@ -212,23 +266,24 @@ class UARRouter(MaskedBalancingRouter):
     def _accumulate(
         self,
         uncertainty: Uncertainty,
-        routed: RoutingDecision,
-        dispatched_TE: torch.Tensor,
+        routed: RoutingDecision | CompactDecision,
+        dispatched: RoutingDecision | CompactDecision,
         theta: float | None,
         omega_T: torch.Tensor | None,
         valid_T: torch.Tensor | None,
+        sums: torch.Tensor | None = None,
     ) -> None:
+        # Only a forward that will be differentiated counts: neither evaluation nor the first,
+        # gradient-free pass of activation recomputation.
+        if not (self.training and torch.is_grad_enabled()):
+            return
         self.applied_theta = theta
-        self.uar_statistics.accumulate(uncertainty, valid_T)
+        self.uar_statistics.accumulate(uncertainty, valid_T, sums)
         if self.uar_policy is not None:
             self.uar_policy.accumulate(routed.k_T, valid_T)
-        routed_TE = routed.routing_map_TE
-        if valid_T is not None:
-            routed_TE = routed_TE & valid_T.unsqueeze(-1)
         if self.uar_bias is not None:
-            self.uar_bias.accumulate(routed_TE, uncertainty, theta, self.uar.clb)
-        # Padding to capacity dispatches slots that nobody was routed to.
-        self.metrics.add(uncertainty, dispatched_TE & routed_TE, omega_T, valid_T)
+            self.uar_bias.accumulate(routed, uncertainty, theta, self.uar.clb, valid_T)
+        self.metrics.add(uncertainty, dispatched, omega_T, valid_T)
         if routed.wanted_k_T is not None:
             trimmed_T = routed.wanted_k_T - routed.k_T
             self.metrics.add_trimmed((trimmed_T if valid_T is None else trimmed_T * valid_T).sum())

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from uar_kernels.routing import Budget
 from uar_megatron.config import ExpansionConfig, LayerBudget
 from uar_megatron.decision import RoutingDecision, Uncertainty
 
@@ -105,6 +106,23 @@ class RoutingPolicy(Protocol):
 
     def total_slots(self, tokens: int, step: int) -> int | None:
         """Σk over ``tokens`` tokens where it is known without looking at them, else None."""
+        ...
+
+    def most_slots(self, tokens: int) -> int:
+        """The largest Σk possible over ``tokens`` tokens, at any step."""
+        ...
+
+    def line(self, step: int) -> Budget | None:
+        """Eq. 5 at this step, where a token's k depends on its own ẑ alone; else None."""
+        ...
+
+    def experts_of(
+        self, zscore_T: torch.Tensor, step: int, batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """k of each token, and what it would be without a bound on the rows (None: the same).
+
+        Arguments as in :meth:`route`.
+        """
         ...
 
     def route(

@@ -43,7 +43,7 @@ def route_variable_k(
         selection_TE = limit_to_groups(
             selection_TE, settings.topk, settings.num_groups, settings.group_topk
         )
-    weights = _weights_rule(settings, width)
+    weights = weights_rule(settings, width)
     columns = max(width, settings.topk) if weights == "renormalised_to_K" else width
     index_TK, chosen_TK = select_experts(selection_TE, k_T, columns)
 
@@ -93,7 +93,8 @@ def limit_to_groups(
     return selection_TE.masked_fill(outside_TE, float("-inf"))
 
 
-def _weights_rule(settings: RouterSettings, width: int) -> str:
+def weights_rule(settings: RouterSettings, width: int) -> str:
+    """Return how the weights of a token's experts are made, where at most ``width`` are chosen."""
     if settings.weights == "renormalised_to_K":
         return settings.weights
     if settings.score_function == "softmax":

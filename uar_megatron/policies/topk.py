@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from uar_kernels.routing import Budget
 from uar_megatron.decision import RoutingDecision, Uncertainty
 from uar_megatron.policies.base import PolicyState, RouterSettings
 from uar_megatron.policies.scores import route_variable_k
@@ -26,6 +27,20 @@ class TopKPolicy:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         return tokens * self.max_k
 
+    def most_slots(self, tokens: int) -> int:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        return tokens * self.max_k
+
+    def line(self, step: int) -> Budget:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        return constant_line(self.max_k)
+
+    def experts_of(
+        self, zscore_T: torch.Tensor, step: int, batch_size: int
+    ) -> tuple[torch.Tensor, None]:
+        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        return torch.full_like(zscore_T, self.max_k, dtype=torch.int64), None
+
     def route(
         self,
         logits_TE: torch.Tensor,
@@ -36,6 +51,11 @@ class TopKPolicy:
     ) -> RoutingDecision:
         """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
         return route_fixed_k(logits_TE, self.max_k, bias_E, self.settings)
+
+
+def constant_line(k: int) -> Budget:
+    """Eq. 5 where every token gets ``k`` experts."""
+    return Budget(0.0, float(k), k, k)
 
 
 def route_fixed_k(
