@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast lint setup clean
+.PHONY: demo test test-fast lint setup kernel-report clean
 .DEFAULT_GOAL := help
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "make test       set up, check style and types, run all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       style, types, layering"
+	@echo "make kernel-report  what the kernels cost, computed without a GPU: kernels/REPORT.md"
 
 setup:
 	@scripts/setup.sh
@@ -28,6 +29,9 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+kernel-report: setup
+	$(PY) scripts/kernel_report.py
 
 clean:
 	rm -rf .venv runs data/demo dist build *.egg-info

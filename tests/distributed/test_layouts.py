@@ -52,7 +52,11 @@ LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "TP2, expert TP2": ("mean", 2, TP2),
     "TP2, EP2": ("mean", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
     "PP2 in 2 virtual stages": ("mean", 2, (*PP2, "num_layers_per_virtual_pipeline_stage=1")),
-    "TP2 × EP2": ("mean", 4, (*TP2, *EP2)),
+    "EP2 × DP2": ("mean", 4, EP2),
+    "TP2 × EP2, distributed optimizer": (
+        *("mean", 4),
+        (*TP2, *EP2, "use_distributed_optimizer=true"),
+    ),
     "PP2 × EP2": ("mean", 4, (*PP2, *EP2)),
     "exact, TP2 × EP2, micro-batch 4": ("exact", 4, (*TP2, *EP2, "micro_batch_size=4")),
     "bounded, TP2, micro-batch 1": ("bounded", 2, (*TP2, "micro_batch_size=1")),
@@ -117,6 +121,7 @@ CHAINS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
         (4, (*PP2, *EP2)),
     ),
     "distributed optimizer": ((1, ()), (2, ()), (2, TP2), (2, PP2), (1, ())),
+    "distributed optimizer, EP": ((2, EP2), (4, (*TP2, *EP2)), (2, EP2)),
 }
 
 
@@ -128,7 +133,7 @@ def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
     links = CHAINS[chain]
     common = (*MODEL, *MEAN, "save_interval=3", f"train_iters={3 * len(links)}")
     common += ("no_load_rng=true",)
-    if chain == "distributed optimizer":
+    if "distributed" in chain:
         common += ("use_distributed_optimizer=true", "dist_ckpt_optim_fully_reshardable=true")
     ranks, layout = links[0]
     straight = train(ranks, tmp_path / "straight", *common, *layout)

@@ -95,6 +95,7 @@ def train_layer(
 PADDED = ("losses", "bias and mask", "sigmoid", "exact", "bounded rows", "batch statistics")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "padded"), [(c, False) for c in CASES] + [(c, True) for c in PADDED]
 )

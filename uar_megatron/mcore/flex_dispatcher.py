@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from uar_kernels.plan import deepep_indices
 from uar_megatron.budget import ExpertBudget
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
@@ -165,6 +166,17 @@ def expert_slots(
     return weights_TK, index_TK.masked_fill(unused_TK, -1)
 
 
+def _table(
+    routing_map: torch.Tensor, probs: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and experts of each token, ``width`` columns, of either form of a routing."""
+    if routing_map.dtype == torch.bool:
+        return expert_slots(routing_map.flatten(1), probs.flatten(1), width)
+    missing = (0, width - routing_map.shape[1])
+    index_TK = deepep_indices(torch.nn.functional.pad(routing_map, missing, value=-1))
+    return torch.nn.functional.pad(probs, missing), index_TK
+
+
 class VariableKDeepepManager(_DeepepManager):
     """``_DeepepManager`` whose table is ``router_topk`` wide and holds what the map names."""
 
@@ -172,12 +184,10 @@ class VariableKDeepepManager(_DeepepManager):
         """Set ``token_probs`` and ``token_indices``.
 
         Args:
-            routing_map: bool ``[tokens, ranks, local experts]``.
+            routing_map: bool ``[tokens, ranks, local experts]``, or the kernels' ``index_TK``.
             probs: weights of the same shape.
         """
-        self.token_probs, self.token_indices = expert_slots(
-            routing_map.flatten(1), probs.flatten(1), self.router_topk
-        )
+        self.token_probs, self.token_indices = _table(routing_map, probs, self.router_topk)
 
 
 class VariableKNCCLEPManager(_NCCLEPManager):
@@ -201,9 +211,7 @@ class VariableKNCCLEPManager(_NCCLEPManager):
 
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
         """As for DeepEP, and set ``num_local_tokens``."""
-        self.token_probs, self.token_indices = expert_slots(
-            routing_map.flatten(1), probs.flatten(1), self.router_topk
-        )
+        self.token_probs, self.token_indices = _table(routing_map, probs, self.router_topk)
         self.num_local_tokens = routing_map.shape[0]
 
 
@@ -240,3 +248,21 @@ class UARFlexTokenDispatcher(MoEFlexTokenDispatcher):
             self._comm_manager = VariableKDeepepManager(**settings)
         elif config.moe_flex_dispatcher_backend == "ncclep":
             self._comm_manager = VariableKNCCLEPManager(**settings, mean=self.tp_size * slots.mean)
+
+    def _initialize_metadata(
+        self, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in Megatron; compact indices are repeated for ranks that share an expert likewise."""
+        if routing_map.dtype == torch.bool:
+            return super()._initialize_metadata(routing_map, probs)
+        rank_TK, expert_TK = (
+            routing_map // self.num_local_experts,
+            routing_map % (self.num_local_experts),
+        )
+        rank_TKR = rank_TK.unsqueeze(-1) * self.tp_size + torch.arange(
+            self.tp_size, device=routing_map.device
+        )
+        index_TKR = rank_TKR * self.num_local_experts + expert_TK.unsqueeze(-1)
+        index_TKR = index_TKR.masked_fill((routing_map < 0).unsqueeze(-1), -1)
+        probs_TKR = probs.unsqueeze(-1).expand(index_TKR.shape)
+        return index_TKR.flatten(1), probs_TKR.flatten(1)

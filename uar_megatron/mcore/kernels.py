@@ -47,6 +47,13 @@ def uses_kernels(uar: UARConfig, config: Any) -> bool:
     return reason is None
 
 
+def takes_indices(config: Any) -> bool:
+    """Return whether the dispatcher takes the kernels' indices as they are, without a dense map."""
+    dispatcher = config.moe_token_dispatcher_type
+    tables = dispatcher == "flex" and config.moe_flex_dispatcher_backend != "hybridep"
+    return dispatcher == "alltoall" or tables
+
+
 @functools.cache
 def _say(which: str) -> None:
     logger.warning("uar.kernel_backend=auto: %s", which)

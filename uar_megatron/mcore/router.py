@@ -19,7 +19,7 @@ from uar_megatron.mcore.compat import (
     topk_routing_with_score_function,
 )
 from uar_megatron.mcore.depth import layer_budget
-from uar_megatron.mcore.kernels import uses_kernels
+from uar_megatron.mcore.kernels import takes_indices, uses_kernels
 from uar_megatron.metrics import LayerMetrics, state_thresholds
 from uar_megatron.policies import POLICIES, RouterSettings
 from uar_megatron.policies.fused import route_fused
@@ -121,8 +121,8 @@ class UARRouter(MaskedBalancingRouter):
                 docstring, reads it), or None.
 
         Returns:
-            ``(probs_TE, routing_map_TE)``; with the kernels and the all-to-all dispatcher, which
-            takes them as they are, ``(probs_TK, index_TK)``.
+            ``(probs_TE, routing_map_TE)``; with the kernels and a dispatcher that takes them
+            as they are, ``(probs_TK, index_TK)``.
         """
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
         theta = threshold(self.step, self.uar.clb)
@@ -188,7 +188,7 @@ class UARRouter(MaskedBalancingRouter):
         omega_T = None if theta is None else epistemic_weight(uncertainty, theta, self.uar.clb)
         self._accumulate(uncertainty, routed, routed, theta, omega_T, valid_T, found.sums)
         routed = dataclasses.replace(routed, probs_TK=probs_TK)
-        is_compact = self.config.moe_token_dispatcher_type == "alltoall"
+        is_compact = takes_indices(self.config)
         return (probs_TK, routed.index_TK) if is_compact else routed.densify()
 
     def _uar_routing(

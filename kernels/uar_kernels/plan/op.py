@@ -143,8 +143,7 @@ def minimum_bytes(tokens: int, k_max: int, num_experts: int, index_itemsize: int
 def compilations() -> list[dict[str, Any]]:
     """What :func:`plan` compiles for usual sizes, for the report on generated code.
 
-    ``trips`` counts how often each loop of the kernel runs, in the order of the code. LLVM unrolls
-    some last loops; ``redux_per_step`` REDUX instructions in them are one of the loop's trips.
+    ``trips`` counts how often each loop of the kernel runs, in the order of the code.
     """
     from uar_kernels.plan import kernel
 
@@ -183,7 +182,6 @@ def compilations() -> list[dict[str, Any]]:
                     "num_warps": launch.num_warps,
                     "tokens_per_program": launch.part * launch.streams // k_max,
                     "trips": trips,
-                    "redux_per_step": constexprs["INDEX_BITS"] + 1,
                     "case": f"E={num_experts}, K={k_max}",
                 }
             )
