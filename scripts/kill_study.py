@@ -137,11 +137,16 @@ def train(
             stderr=stream,
             env=environment,
         )
-        reached = point is not None and wait_for(point, run_dir, begin, job)
+        reached = point is not None and wait_for(point, run_dir, begin, job) and job.poll() is None
         if reached:
             kill(job)
     if job.wait() != 0 and not reached:
         raise UARError(f"training failed; see {run_dir / 'train.log'}")
+    if point is not None and not reached:
+        raise UARError(
+            f"the run was finished before it could be killed ({describe(point)}); choose another "
+            "--seed or more --steps"
+        )
     starts = [record["step"] for record in logged(log, begin, "start")]
     losses = list(logged_steps(log, begin))
     if losses and starts != [losses[0][0] - 1]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,7 @@ SUITES = (
 )
 # Every test makes process groups anew, and gloo never gives a group's threads back.
 TESTS_PER_JOB = 8
+DID_NOT_RUN = "did not run"
 PLUGIN = "UAR_MEGATRON_TESTS"  # which classes a child runs, told by the parent
 
 
@@ -108,9 +110,9 @@ def _replace_in(module: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """As a plugin: one rank writes the report."""
-    if os.environ.get("RANK", "0") != "0":
-        config.option.xmlpath = None
+    """As a plugin: every rank writes a report of its own."""
+    if config.option.xmlpath:
+        config.option.xmlpath += f".{os.environ.get('RANK', '0')}"
 
 
 @pytest.hookimpl(trylast=True)
@@ -154,7 +156,7 @@ def main(
         for name in suite or SUITES:
             stock = outcomes(megatron_lm, folder / name, count, "stock", timeout)
             ours = outcomes(megatron_lm, folder / name, count, "ours", timeout)
-            if not stock:
+            if set(stock.values()) <= {DID_NOT_RUN}:
                 raise UARError(f"{name}, {count} ranks: no test ran with Megatron's own classes")
             passed = {test for test, outcome in stock.items() if outcome == "passed"}
             lost = sorted(test for test in passed if ours.get(test) != "passed")
@@ -164,16 +166,20 @@ def main(
             worse += lost
             print(
                 f"{name}, {count} ranks: {len(stock)} tests, {len(passed)} pass with Megatron's "
-                f"classes, {len(passed) - len(lost)} of these with ours",
+                f"classes, {len(passed) - len(lost)} of these with ours; did not run: "
+                f"{_not_run(stock)} with Megatron's, {_not_run(ours)} with ours",
                 flush=True,
             )
             for test in lost:
-                print(f"  {test}: {ours.get(test, 'did not run')}", flush=True)
+                print(f"  {test}: {ours.get(test, DID_NOT_RUN)}", flush=True)
     raise SystemExit(1 if worse else 0)
 
 
 def outcomes(root: Path, file: Path, ranks: int, classes: str, timeout: int) -> dict[str, str]:
-    """Run one file under torchrun; return the outcome of each test on rank 0."""
+    """Run one file under torchrun; return each test's outcome, "passed" if it is so on all ranks.
+
+    A job that runs out of time leaves no report; its tests did not run.
+    """
     search = os.pathsep.join((str(Path(__file__).parent), str(root.absolute())))
     environment = os.environ | {PLUGIN: classes, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     options = ("-p", Path(__file__).stem, "-p", "no:cacheprovider", "-q", "-o", "addopts=")
@@ -183,16 +189,28 @@ def outcomes(root: Path, file: Path, ranks: int, classes: str, timeout: int) -> 
         collect, cwd=root, env=environment, capture_output=True, text=True, check=False
     ).stdout
     tests = [line for line in listing.splitlines() if "::" in line]
-    found: dict[str, str] = {}
+    found = {_reported_name(test): DID_NOT_RUN for test in tests}
     for some in itertools.batched(tests, TESTS_PER_JOB):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc_per_node", str(ranks), *command, *some]
-        found |= _report_of(torchrun, root, environment, timeout)
+        found |= _report_of(torchrun, root, environment, timeout, ranks)
     return found
 
 
+def _reported_name(test: str) -> str:
+    """The name that a report has for ``folder/file.py::Class::name[parameters]``."""
+    address, bracket, parameters = test.partition("[")
+    file, *classes, name = address.split("::")
+    module = file.removesuffix(".py").replace("/", ".")
+    return f"{'.'.join([module, *classes])}::{name}{bracket}{parameters}"
+
+
+def _not_run(outcomes: dict[str, str]) -> int:
+    return list(outcomes.values()).count(DID_NOT_RUN)
+
+
 def _report_of(
-    command: list[str], root: Path, environment: dict[str, str], timeout: int
+    command: list[str], root: Path, environment: dict[str, str], timeout: int, ranks: int
 ) -> dict[str, str]:
     report = Path(f".megatron_unit_tests.{os.getpid()}.xml").absolute()
     job = subprocess.Popen(
@@ -205,7 +223,7 @@ def _report_of(
     )
     try:
         job.wait(timeout)
-        tree = ElementTree.parse(report)
+        return _worst([ElementTree.parse(f"{report}.{rank}") for rank in range(ranks)])
     except (subprocess.TimeoutExpired, OSError, ElementTree.ParseError):
         return {}
     finally:
@@ -213,12 +231,21 @@ def _report_of(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-        report.unlink(missing_ok=True)
-    found = {}
-    for case in tree.iter("testcase"):
-        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
-        found[f"{case.get('classname')}::{case.get('name')}"] = next(iter(kinds), "passed")
-    return found
+        for rank in range(ranks):
+            Path(f"{report}.{rank}").unlink(missing_ok=True)
+
+
+def _worst(reports: list[Any]) -> dict[str, str]:
+    """The outcome of each test over all ranks: "passed" only if it is so on every one."""
+    found: dict[str, str] = {}
+    passes: Counter[str] = Counter()
+    for tree in reports:
+        for case in tree.iter("testcase"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+            passes[name] += not kinds
+            found[name] = next(iter(kinds), found.get(name, DID_NOT_RUN))
+    return found | {name: "passed" for name, count in passes.items() if count == len(reports)}
 
 
 if __name__ == "__main__":

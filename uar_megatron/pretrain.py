@@ -76,6 +76,7 @@ def run(experiment: Experiment) -> None:
     from uar_megatron.mcore.checkpoint import (
         check_checkpoint,
         check_on_every_rank,
+        name_newest_checkpoint,
         unsafe_checkpoints_refused,
     )
     from uar_megatron.mcore.gpt import dataset_provider, forward_step
@@ -84,8 +85,10 @@ def run(experiment: Experiment) -> None:
     from uar_megatron.run_recorder import RunRecorder
 
     if resolved.use_checkpoint_args:
-        check_checkpoint(resolved)  # every rank reads it before there is a process group
-    with _argv(argv), _megatron_refusals():
+        # Every rank reads it before there is a process group.
+        name_newest_checkpoint(resolved)
+        check_checkpoint(resolved)
+    with _argv(argv), _megatron_refusals(), _failed_loads_named(resolved):
         args = parse_and_validate_args()
         model_config = gpt_config_from_args(args)
     model_config.transformer_layer_spec = uar_layer_spec(experiment.uar)
@@ -103,7 +106,11 @@ def run(experiment: Experiment) -> None:
             save_resolved(experiment, Path(folder))
     reason = "killed by an error"
     try:
-        with lost_ranks_named(), unsafe_checkpoints_refused(args.load):
+        with (
+            lost_ranks_named(),
+            unsafe_checkpoints_refused(args.load),
+            _failed_loads_named(args),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 dataset_provider,
@@ -119,6 +126,28 @@ def run(experiment: Experiment) -> None:
         raise
     finally:
         recorder.close(reason)
+
+
+@contextlib.contextmanager
+def _failed_loads_named(args: argparse.Namespace) -> Iterator[None]:
+    """Turn the bare ``sys.exit()`` of a load that failed into an error.
+
+    Its exit code would be 0, that of a finished job; Megatron's training loop leaves with a number.
+
+    Raises:
+        TrainingError: Megatron could not load; perhaps this rank alone knows.
+    """
+    from uar_megatron.mcore.checkpoint import folder_to_load
+
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        raise TrainingError(
+            f"load: Megatron could not load the checkpoint in {folder_to_load(args)}; its last "
+            "lines say why"
+        ) from stop
 
 
 def _why_stopped(args: argparse.Namespace, code: Any) -> tuple[str, Any]:

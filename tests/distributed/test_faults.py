@@ -188,6 +188,19 @@ def test_a_broken_checkpoint_is_refused(damage: str, straight: Path, tmp_path: P
         assert resumed == {s: loss for s, loss in losses(straight).items() if s > 8}
 
 
+def test_a_load_that_fails_inside_megatron_is_no_finished_job(tmp_path: Path) -> None:
+    """It leaves with exit code 0 where it cannot read a file of its legacy format."""
+    part = tmp_path / "run" / "checkpoints" / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"garbage")
+    (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    for option in ("use_checkpoint_args=false", "use_checkpoint_args=true"):
+        job = warm_torchrun(1, *train_arguments(1, tmp_path / "run", option))
+        assert job.returncode != 0, option
+        assert "error: load: Megatron could not load the checkpoint in" in job.stderr
+        assert "exitcode  : 3 " in job.stderr
+
+
 def test_async_save(straight: Path, tmp_path: Path) -> None:
     """What is written during the next steps is the state before them; resuming is exact."""
     run_dir = tmp_path / "run"

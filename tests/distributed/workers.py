@@ -7,6 +7,7 @@ import math
 import sys
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -26,8 +27,9 @@ from moe_cases import (  # noqa: E402
     uar_layer,
 )
 
-from uar_megatron.errors import TrainingError  # noqa: E402
-from uar_megatron.mcore.guard import ConsistencyGuard  # noqa: E402
+from uar_megatron.config import UARConfig  # noqa: E402
+from uar_megatron.errors import ConfigError, TrainingError  # noqa: E402
+from uar_megatron.mcore.guard import ConsistencyGuard, check_same_section  # noqa: E402
 from uar_megatron.mcore.step import commit  # noqa: E402
 from uar_megatron.mcore.tracker import RoutingTracker  # noqa: E402
 
@@ -159,9 +161,20 @@ def disagreement() -> None:
         assert "1 of 8 tensors differ" in message
         assert outcome(1, interval=0) == ""
         tensor.copy_(kept)
-    # Entries that change places have the same sum.
+    # Entries that change places have the same sum, and must not have the same checksum.
     router.uar_bias.value.copy_(torch.arange(8.0).roll(rank))
     assert "uar_bias.value" in outcome(1)
+    # Nor does a bias with its signs turned round: 1 - 3 - 5 + 7 + … = 0 would hide it.
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
+    router.uar_bias.value.copy_(torch.arange(1.0, 9.0) * signs * (-1) ** rank)
+    assert "uar_bias.value" in outcome(1)
+    # In the configuration null on one rank can be a schedule, with fields of its own, on another.
+    schedule = {"shape": "ascending", "low": 1, "high": 3}
+    for lone in (0, 1):
+        target = schedule if rank == lone else None
+        section = {"policy": "uar", "budget": {"mode": "mean", "target_mean_k": target}}
+        with pytest.raises(ConfigError, match=r"uar\.budget\.target_mean_k\S*: differs"):
+            check_same_section(UARConfig.model_validate(section))
     # A pipeline stage without routers takes part.
     alone = [dist.new_group([r]) for r in range(2)]
     router.tp_dp_cp_group = alone[rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from uar_megatron.mcore.async_save import check_async_save
 from uar_megatron.mcore.checkpoint import (
     TRACKER,
     check_checkpoint,
+    check_on_every_rank,
     find_problem,
     load_data_only,
+    name_newest_checkpoint,
     unsafe_checkpoints_refused,
 )
 
@@ -58,7 +61,10 @@ def arguments(load: Path | None, **changes: Any) -> Namespace:
         "non_persistent_global_ckpt_dir": None,
         "no_load_optim": False,
         "finetune": False,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
     }
     return Namespace(**(given | changes))
 
@@ -86,6 +92,40 @@ def test_optimizer_state_stays_with_one_or_several_expert_parallel_ranks(tmp_pat
     check_checkpoint(arguments(tmp_path, no_load_optim=True))
     save(tmp_path, 10, common=[{"args": saved["args"]}])
     check_checkpoint(arguments(tmp_path))
+
+
+def test_optimizer_state_that_is_not_loaded_need_not_fit(tmp_path: Path) -> None:
+    saved = {"args": Namespace(expert_model_parallel_size=2), "optimizer": {"state": 1}}
+    pretrained, new = tmp_path / "pretrained", str(tmp_path / "new")
+    folder = save(pretrained, 10, common=[saved])
+    check_checkpoint(arguments(tmp_path / "new", pretrained_checkpoint=str(pretrained)))
+    folder.rename(pretrained / "release")
+    (pretrained / TRACKER).write_text("release")
+    check_checkpoint(arguments(pretrained, save=new))
+
+
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_distributed_optimizer_in_another_layout(size: str, tmp_path: Path) -> None:
+    saved = {"args": Namespace(**dict.fromkeys(SIZES, 2)), "optimizer": {}}
+    content = {"distrib_optim_sharding_type": "dp_reshardable"}
+    layout: dict[str, int] = dict.fromkeys(SIZES, 2)
+    save(tmp_path, 10, common=[saved | {"content_metadata": content}])
+    check_checkpoint(arguments(tmp_path, **layout))
+    with pytest.raises(ConfigError, match=r"no_load_optim(.|\n)*optim_fully_reshardable") as caught:
+        check_checkpoint(arguments(tmp_path, **layout | {size: 4}))
+    assert caught.value.field == size
+    check_checkpoint(arguments(tmp_path, **layout | {size: 4}, no_load_optim=True))
+    content = {"distrib_optim_sharding_type": "fully_reshardable"}
+    save(tmp_path, 10, common=[saved | {"content_metadata": content}])
+    check_checkpoint(arguments(tmp_path, **layout | {size: 4}))
 
 
 def test_a_new_run_has_nothing_to_load(tmp_path: Path) -> None:
@@ -143,8 +183,13 @@ def test_the_only_checkpoint_is_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "twenty", "-3", "20 30", "\x00\xff"])
 def test_a_tracker_that_is_no_number_is_refused(text: str, load: Path) -> None:
     (load / TRACKER).write_text(text)
-    with pytest.raises(DataError, match=r"should hold an iteration(.|\n)*write 20 into"):
-        check_checkpoint(arguments(load))
+    elsewhere = str(load.parent / "other")
+    for step in (None, 20):  # Megatron reads the tracker in any case
+        with pytest.raises(DataError, match=r"should hold an iteration(.|\n)*write 20 into") as no:
+            check_checkpoint(arguments(load, save=elsewhere, ckpt_step=step))
+    assert "ckpt_step" not in str(no.value)
+    (load / TRACKER).write_text("20")
+    check_checkpoint(arguments(load, save=elsewhere))
 
 
 def test_a_tracker_may_be_lost_or_name_nothing(load: Path, tmp_path: Path) -> None:
@@ -152,9 +197,66 @@ def test_a_tracker_may_be_lost_or_name_nothing(load: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"iter_0000030 does not exist(.|\n)*ckpt_step=20"):
         check_checkpoint(arguments(load))
     (load / TRACKER).unlink()
+    elsewhere = str(tmp_path / "other")
     with pytest.raises(DataError, match="has checkpoints, but no"):
-        check_checkpoint(arguments(load))
-    check_checkpoint(arguments(load, ckpt_step=20))
+        check_checkpoint(arguments(load, save=elsewhere))
+    check_checkpoint(arguments(load, save=elsewhere, ckpt_step=20))
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_run_killed_before_it_named_its_checkpoint_goes_on(
+    text: str | None, load: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = load / TRACKER
+    (save(load, 30) / ".metadata").unlink()  # and killed in the middle of the next save
+    tracker.unlink()
+    if text is not None:
+        tracker.write_text(text)
+    before = sorted(load.iterdir())
+    check_checkpoint(arguments(load))  # as a dry run does
+    assert sorted(load.iterdir()) == before
+    name_newest_checkpoint(arguments(load, save=str(load / "other")))
+    assert sorted(load.iterdir()) == before
+    name_newest_checkpoint(arguments(load))
+    assert tracker.read_text() == "20"
+    assert {path.name for path in load.iterdir()} == {TRACKER, *(f"iter_00000{n}0" for n in "123")}
+    assert "going on from the newest, 20" in caplog.text
+    check_checkpoint(arguments(load))
+    shutil.rmtree(load / "iter_0000010")
+    shutil.rmtree(load / "iter_0000020")
+    tracker.write_text("")
+    check_checkpoint(arguments(load))
+    name_newest_checkpoint(arguments(load))
+    assert not tracker.exists()
+    check_checkpoint(arguments(load))
+
+
+def refuse_to_read(*args: Any) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_whatever_goes_wrong_every_rank_hears_of_it(
+    load: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda verdict, src: said.append(verdict[0])
+    )
+    check_on_every_rank(arguments(load))
+    (load / "iter_0000020").rename(load / "iter_0000020.bad")
+    with pytest.raises(DataError, match=r"does not exist(.|\n)*ckpt_step=10"):
+        check_on_every_rank(arguments(load))
+    save(load / "non_persistent", 25)
+    (load / TRACKER).write_text("10")
+    (load / "non_persistent" / TRACKER).write_text("release")
+    with pytest.raises(DataError, match="is no checkpoint that a run saves"):
+        check_on_every_rank(arguments(load, non_persistent_ckpt_type="global"))
+    monkeypatch.setattr("uar_megatron.mcore.checkpoint.find_problem", refuse_to_read)
+    with pytest.raises(DataError, match=r"cannot be checked: PermissionError") as caught:
+        check_on_every_rank(arguments(load))
+    assert said[0] is None
+    assert said[-1] == str(caught.value)
 
 
 def test_a_place_to_load_from_must_have_something(tmp_path: Path) -> None:

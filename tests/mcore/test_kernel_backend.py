@@ -118,6 +118,7 @@ REFUSED = {
     "moe_router_dtype": {"moe_router_dtype": "fp64"},
     "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.0},
     "uar.weights": {},
+    "experts": {"num_moe_experts": 513},
 }
 
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -26,9 +27,17 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from uar_megatron.errors import ConfigError, DataError
 from uar_megatron.mcore.compat import SAFE_RECORDS
 
+logger = logging.getLogger(__name__)
+
 TRACKER = "latest_checkpointed_iteration.txt"
 _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _COMMON_STATE = "common_state/shard_0_1"  # dist_checkpointing/serialization.py:227
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 _METADATA_GLOBALS = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
@@ -103,14 +112,17 @@ def check_on_every_rank(args: argparse.Namespace) -> None:
     """Check on rank 0, for the sake of the file system, and fail on every rank. A collective.
 
     Raises:
-        DataError: as :func:`check_checkpoint`.
+        DataError: as :func:`check_checkpoint`, or the checkpoint cannot be looked at.
     """
     verdict: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
+            name_newest_checkpoint(args)
             check_checkpoint(args)
         except (DataError, ConfigError) as error:
             verdict = [str(error)]
+        except Exception as error:  # the other ranks wait for a verdict
+            verdict = [f"load: {folder_to_load(args)} cannot be checked: {error!r}"]
     torch.distributed.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
         raise DataError(verdict[0])
@@ -125,25 +137,62 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         DataError: the tracker or the checkpoint is missing, incomplete, or more than data.
         ConfigError: its optimizer state cannot be loaded into this layout.
     """
-    folder = args.load
-    if args.pretrained_checkpoint is not None and not _has_tracker(folder):
-        folder = args.pretrained_checkpoint
+    folder = folder_to_load(args)
     if folder is None or args.moe_use_upcycling or "://" in str(folder):
         return  # nothing is loaded, or it is in an object store, which answers for itself
     load = Path(folder)
-    if _has_tracker(load):
-        step = _read_tracker(load / TRACKER)
-    elif args.ckpt_step:
-        step = ""
+    step: int | str | None
+    if _is_unnamed(load, args):
+        step = _latest_complete(load)  # as name_newest_checkpoint does
     else:
+        step = _read_tracker(load / TRACKER) if _has_tracker(load) else None
+    if step is None and not args.ckpt_step:
         return _check_nothing_to_load(load, args)
-    name = step if step == "release" else f"iter_{int(args.ckpt_step or step):07d}"
+    name = step if step == "release" else f"iter_{int(args.ckpt_step or step or 0):07d}"
     problem = find_problem(load / name)
     if problem is not None:
         raise _refusal(load, f"{load / name} {problem}", without=name)
-    _check_optimizers(load / name, args)
+    finetunes = args.finetune or folder != args.load  # checkpointing.py:2108
+    if not (finetunes or args.no_load_optim or step == "release"):
+        _check_optimizers(load / name, args)
     if args.non_persistent_ckpt_type == "global":
         _check_non_persistent(Path(args.non_persistent_global_ckpt_dir or load / "non_persistent"))
+
+
+def folder_to_load(args: argparse.Namespace) -> str | None:
+    """Return the folder that Megatron will load from."""
+    if args.pretrained_checkpoint is not None and not _has_tracker(args.load):
+        return args.pretrained_checkpoint
+    return args.load
+
+
+def name_newest_checkpoint(args: argparse.Namespace) -> None:
+    """Write the tracker that a run killed at the end of a save has left empty or not begun.
+
+    Megatron opens it for writing when all else of the checkpoint is there, so it may be cut off
+    between the two. With no complete checkpoint the run starts afresh, as in an empty folder.
+    """
+    if args.load is None or args.moe_use_upcycling or not _is_unnamed(Path(args.load), args):
+        return
+    tracker = Path(args.load) / TRACKER
+    newest = _latest_complete(tracker.parent)
+    if newest is None:
+        tracker.unlink(missing_ok=True)  # Megatron cannot read an empty one
+        return
+    temporary = tracker.with_name(f"{TRACKER}.{os.getpid()}")
+    temporary.write_text(str(newest))
+    temporary.replace(tracker)
+    logger.warning("%s named no checkpoint: going on from the newest, %d", tracker, newest)
+
+
+def _is_unnamed(load: Path, args: argparse.Namespace) -> bool:
+    """Whether a folder that this run also saves to has no tracker, or an empty one."""
+    tracker = load / TRACKER
+    return _saves_to(load, args) and not (tracker.is_file() and tracker.read_bytes().strip())
+
+
+def _saves_to(load: Path, args: argparse.Namespace) -> bool:
+    return args.save is not None and load.resolve() == Path(args.save).resolve()
 
 
 def _has_tracker(folder: str | Path | None) -> bool:
@@ -154,7 +203,9 @@ def _read_tracker(tracker: Path) -> str:
     """Return an iteration in digits, or ``release``."""
     text = tracker.read_bytes()[:100].decode(errors="replace").strip()
     if text != "release" and not re.fullmatch("[0-9]+", text):
-        raise _refusal(tracker.parent, f"{tracker} should hold an iteration, and holds {text!r}")
+        # Megatron reads it first, so that ckpt_step would be no way out.
+        problem = f"{tracker} should hold an iteration, and holds {text!r}"
+        raise _refusal(tracker.parent, problem, can_choose=False)
     return text
 
 
@@ -162,8 +213,7 @@ def _check_nothing_to_load(load: Path, args: argparse.Namespace) -> None:
     """Without a tracker Megatron starts from random weights, which is right for a new run only."""
     if _latest_complete(load) is not None:
         raise _refusal(load, f"{load} has checkpoints, but no {TRACKER} that names one")
-    saves_there = args.save is not None and load.resolve() == Path(args.save).resolve()
-    if not saves_there or args.exit_on_missing_checkpoint:
+    if not _saves_to(load, args) or args.exit_on_missing_checkpoint:
         raise DataError(
             f"load: {load} has no {TRACKER}, so there is nothing to load\n"
             "  remedy:  correct the path, or load=null to start from random weights"
@@ -171,15 +221,33 @@ def _check_nothing_to_load(load: Path, args: argparse.Namespace) -> None:
 
 
 def _check_optimizers(folder: Path, args: argparse.Namespace) -> None:
-    """Refuse what ends in a RuntimeError of ``ChainedOptimizer`` (optimizer.py:1578).
+    """Refuse optimizer state that Megatron cannot carry into this layout; it ends in tracebacks.
 
     Megatron gives experts an optimizer of their own where they are spread over ranks, and cannot
-    split or join the state of one.
+    split or join the state of one (``ChainedOptimizer``, optimizer.py:1578). The distributed
+    optimizer saves its buffers as they lie unless it is told otherwise, which only other
+    data-parallel sizes can load.
     """
-    if args.no_load_optim or args.finetune or not (folder / ".metadata").exists():
+    if not (folder / ".metadata").exists():
         return
     common = _common_state(folder, read_metadata(folder / ".metadata"))
-    saved = getattr(common.get("args"), "expert_model_parallel_size", None)
+    saved_args = common.get("args")
+    if getattr(saved_args, "no_save_optim", False):
+        return
+    sharding = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if sharding not in (None, "fully_reshardable", "fully_sharded_model_space"):
+        for size in _LAYOUT:
+            saved, now = getattr(saved_args, size, None), getattr(args, size)
+            if saved is not None and saved != now:
+                raise ConfigError(
+                    size,
+                    f"{now}, while {folder} was saved with {saved}, and its distributed "
+                    f"optimizer's state as {sharding}, which fits no other layout",
+                    allowed=str(saved),
+                    remedy="no_load_optim=true goes on with a fresh optimizer state; saved with "
+                    "dist_ckpt_optim_fully_reshardable=true, it could be loaded",
+                )
+    saved = getattr(saved_args, "expert_model_parallel_size", None)
     now = args.expert_model_parallel_size
     if saved is not None and "optimizer" in common and (saved > 1) != (now > 1):
         raise ConfigError(
@@ -195,8 +263,9 @@ def _check_non_persistent(folder: Path) -> None:
     """Check what ``non_persistent_ckpt_type: global`` saves in between, which may be newer."""
     if not _has_tracker(folder):
         return
-    named = folder / f"iter_{int(_read_tracker(folder / TRACKER)):07d}"
-    problem = find_problem(named)
+    step = _read_tracker(folder / TRACKER)
+    named = folder / (step if step == "release" else f"iter_{int(step):07d}")
+    problem = "is no checkpoint that a run saves" if step == "release" else find_problem(named)
     if problem is not None:
         raise DataError(
             f"load: {named} {problem}\n"
@@ -204,7 +273,7 @@ def _check_non_persistent(folder: Path) -> None:
         )
 
 
-def _refusal(load: Path, problem: str, without: str = "") -> DataError:
+def _refusal(load: Path, problem: str, without: str = "", can_choose: bool = True) -> DataError:
     """The error, with the newest checkpoint that is whole as the way out."""
     complete = _latest_complete(load, without)
     if complete is None:
@@ -212,15 +281,18 @@ def _refusal(load: Path, problem: str, without: str = "") -> DataError:
         remedy += "otherwise only start anew, in another run.dir"
     else:
         remedy = f"restore what is missing, or go on from iteration {complete}, which is complete: "
-        remedy += f"ckpt_step={complete} once, or write {complete} into {load / TRACKER}"
+        remedy += f"ckpt_step={complete} once, or " * can_choose
+        remedy += f"write {complete} into {load / TRACKER}"
     return DataError(f"load: {problem}\n  remedy:  {remedy}")
 
 
 def _latest_complete(load: Path, without: str = "") -> int | None:
     """The highest iteration whose checkpoint is whole, looking no further than that."""
-    for folder in sorted(load.glob("iter_[0-9]*"), reverse=True):
+    named = ((re.fullmatch("iter_([0-9]+)", f.name), f) for f in load.glob("iter_*"))
+    folders = {int(match[1]): folder for match, folder in named if match}
+    for step, folder in sorted(folders.items(), reverse=True):
         if folder.name != without and find_problem(folder) is None:
-            return int(folder.name.removeprefix("iter_"))
+            return step
     return None
 
 

@@ -17,6 +17,8 @@ _REMEDY = (
     "changes a router on some ranks only, else for a faulty device on the ranks named"
 )
 
+_NOT_SET = "not set"
+
 
 def check_same_section(uar: UARConfig) -> None:
     """Refuse to start where ranks have read different UAR sections; a collective over all ranks.
@@ -31,8 +33,11 @@ def check_same_section(uar: UARConfig) -> None:
     texts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     fields = [dict(_leaves(json.loads(other), "uar")) for other in texts]
-    name = next(n for n in fields[0] if any(f.get(n) != fields[0][n] for f in fields))
-    values = {rank: f.get(name) for rank, f in enumerate(fields)}
+    # A field may be there on some ranks only: a section against null.
+    names = dict.fromkeys(name for found in fields for name in found)
+    differing = (n for n in names if len({repr(f.get(n, _NOT_SET)) for f in fields}) > 1)
+    name = next(differing)
+    values = {rank: f.get(name, _NOT_SET) for rank, f in enumerate(fields)}
     raise ConfigError(
         name,
         f"differs between ranks: {_by_value(values)}",
@@ -112,7 +117,11 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """A checksum of a tensor's bits and their places, int64 scalar; integer sums wrap around."""
     of_size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     bits = tensor.detach().reshape(-1).view(of_size[tensor.element_size()]).long()
-    return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
+    places = torch.arange(len(bits), device=bits.device)
+    # Mixed first: in a plain weighted sum the sign bits of some entries cancel.
+    mixed = (bits + places) * 0x2545F4914F6CDD1D
+    mixed = mixed ^ (mixed >> 29)
+    return (mixed * (2 * places + 1)).sum()
 
 
 def _differing(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from uar_kernels.backend import resolve_for
+from uar_kernels.routing import MOST_EXPERTS
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
 
@@ -60,6 +61,9 @@ def _say(which: str) -> None:
 
 
 def _unknown_setting(uar: UARConfig, config: Any) -> str | None:
+    experts = config.num_experts if hasattr(config, "num_experts") else config.num_moe_experts
+    if experts > MOST_EXPERTS:
+        return f"they know up to {MOST_EXPERTS} experts, these are {experts}"
     if config.moe_router_score_function not in ("softmax", "sigmoid"):
         return f"they have no moe_router_score_function={config.moe_router_score_function}"
     if config.moe_router_group_topk:

@@ -13,7 +13,12 @@ from uar_megatron.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 # gloo has no exception of its own; NCCL's watchdog ends the process with a message of its own.
-_GLOO = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+_GLOO = (
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Application timeout caused pair closure",  # of the collectives after the one that timed out
+)
 
 
 @contextlib.contextmanager
@@ -26,7 +31,7 @@ def lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        is_lost = isinstance(error, (torch.distributed.DistError, ConnectionError))
+        is_lost = isinstance(error, torch.distributed.DistError)
         if not (is_lost or any(words in str(error) for words in _GLOO)):
             raise
         logger.exception("a collective failed")

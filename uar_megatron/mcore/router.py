@@ -172,10 +172,11 @@ class UARRouter(MaskedBalancingRouter):
         routed, sums = found.routed, found.balancing
         probs_TK = routed.probs_TK
         if self.training and torch.is_grad_enabled():
-            # The logsumexp of one number is the number itself.
-            padding_T = None if padding_mask is None else padding_mask.reshape(-1)
-            lse_T1 = self.apply_z_loss(found.lse_T.unsqueeze(-1), padding_mask=padding_T)
-            probs_TK = AttachGradient.apply(probs_TK, lse_T1)
+            if self.config.moe_z_loss_coeff is not None:
+                # The logsumexp of one number is the number itself.
+                padding_T = None if padding_mask is None else padding_mask.reshape(-1)
+                lse_T1 = self.apply_z_loss(found.lse_T.unsqueeze(-1), padding_mask=padding_T)
+                probs_TK = AttachGradient.apply(probs_TK, lse_T1)
             if self.is_aux_loss_enabled():
                 probs_TK = self.attach_balancing_losses(
                     probs_TK,
