@@ -248,8 +248,15 @@ COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 
 def forward_options(experts: int, width: int) -> dict[str, Any]:
-    """With the registers that it needs; a tile of 256 experts and 16 columns spills below 103."""
-    return COMPILER_OPTIONS | {"maxnreg": 112 if experts > 128 and width > 8 else 96}
+    """With 96 registers.
+
+    ptxas has to try harder for 256 experts and 16 columns, which would spill; elsewhere that takes
+    more registers, or spills.
+    """
+    options = COMPILER_OPTIONS | {"maxnreg": 96}
+    if experts > 128 and width > 8:
+        options["ptx_options"] = "--register-usage-level=8"
+    return options
 
 
 def padded(columns: int) -> int:
