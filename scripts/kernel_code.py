@@ -126,7 +126,7 @@ def trips_of_loops(instructions: dict[int, str], entry: dict[str, Any]) -> list[
     if "UNROLL" in constants:
         return [-(-constants["K"] // constants["UNROLL"])]
     trips = list(entry["trips"][-len(found) :])
-    # A step of the loop over entries loads once.
+    # The last trips are the entries of a thread, each of which it loads once.
     loads = matching({at: instructions[at] for at in found[-1]}, r"\bLDG\b")
     trips[-1] = -(-trips[-1] // len(loads))
     return trips

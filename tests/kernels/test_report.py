@@ -44,11 +44,6 @@ TARGETS = {
     **{f"{name}: kernels": 1 for name in PERMUTATION},
     **{f"{name}: ratio": 1.03 for name in PERMUTATION},
 }
-# Targets that are not met: case and figure, which must not get worse, and why.
-KNOWN: dict[str, dict[str, float]] = {
-    # Eight slots a token take 70; the work is done for each of the 16 slots.
-    "plan: warp_instructions_per_token": {"plan: E=256, K=16": 128.6},
-}
 
 
 @pytest.fixture
@@ -73,9 +68,7 @@ def run_report(repository: Path, *options: str, **variables: str) -> subprocess.
 def test_target(target: str, report: dict[str, Any]) -> None:
     goal = report["targets"][target]
     assert goal["limit"] == TARGETS[target]
-    known = KNOWN.get(target, {})
-    assert goal["over"].keys() == known.keys()
-    assert all(goal["over"][case] <= figure for case, figure in known.items())
+    assert not goal["over"]
 
 
 def test_no_target_is_left_out(report: dict[str, Any]) -> None:

@@ -2,16 +2,16 @@
 
 A counting sort that keeps its order. The flat (token, slot) entries are cut into one range per
 program and each range into one part per stream, a row of the tiles below that Triton gives to a
-warp. ``count_kernel`` counts the entries per expert of each part and of each range.
-``rank_kernel`` adds up the counts of the ranges before its own, which is the scan, and each stream
-walks through its part with running counters. There are no atomics: no program waits for another,
-and nothing depends on which one runs first.
+warp. ``count_kernel`` counts the entries per expert of each part and of each range: a histogram in
+shared memory, whose integers may be added in any order. ``rank_kernel`` adds up the counts of the
+ranges before its own, which is the scan, and each stream walks through its part with running
+counters. No program waits for another, and nothing depends on which one runs first.
 
-A stream takes 32 entries at a time. For each bit of the expert id, one 32-bit word says which of
-them have it set (a ballot); ANDs of such words give the entries that chose a given expert, and
+There a stream takes 32 entries at a time. For each bit of the expert id, one 32-bit word says which
+of them have it set (a ballot); ANDs of such words give the entries that chose a given expert, and
 counting bits gives counts and ranks. This costs log2(E) steps where a one-hot table takes E.
 
-Shape letters: S streams, L the 32 lanes of a stream, E experts, P programs.
+Shape letters: S streams, N entries, L the 32 lanes of a stream, E experts, P programs.
 """
 
 # mypy: allow-untyped-defs
@@ -57,7 +57,7 @@ def count_kernel(
     num_experts,
     BLOCK_E: tl.constexpr,
     STREAMS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
+    COUNT_AT_ONCE: tl.constexpr,
 ):
     """counts[program, e] and part_counts[program, stream, e]: entries that chose expert e.
 
@@ -65,20 +65,20 @@ def count_kernel(
     """
     program = tl.program_id(0)
     expert_E = tl.arange(0, BLOCK_E)
-    all_E = tl.full([BLOCK_E], 0xFFFFFFFF, tl.uint32)
+    stream_S = tl.arange(0, STREAMS)
     count_SE = tl.zeros([STREAMS, BLOCK_E], tl.int32)
-    entry_SL = _first_entries(part, STREAMS)
-    next_SL = _load_experts(index, entry_SL, entries, num_experts)
-    for _ in range(0, part, 32):
-        # The next entries are on their way while these are counted.
-        expert_SL = next_SL
-        entry_SL += 32
-        next_SL = _load_experts(index, entry_SL, entries, num_experts)
-        same_SE = _ballot(expert_SL >= 0)[:, None] & all_E[None, :]
-        for bit in tl.static_range(INDEX_BITS):
-            word_S = _ballot((expert_SL >> bit) & 1)
-            same_SE &= word_S[:, None] ^ (((expert_E >> bit) & 1) - 1).to(tl.uint32)[None, :]
-        count_SE += _popcount(same_SE)
+    for first in range(0, part, COUNT_AT_ONCE):
+        place_N = first + tl.arange(0, COUNT_AT_ONCE)
+        entry_SN = (program * STREAMS + stream_S)[:, None] * part + place_N[None, :]
+        expert_SN = _load_experts(index, entry_SN, entries, num_experts)
+        counted_SN = (expert_SN >= 0) & (place_N < part)[None, :]
+        bin_SN = stream_S[:, None] * BLOCK_E + tl.maximum(expert_SN, 0)
+        bins = tl.histogram(
+            tl.reshape(bin_SN, [STREAMS * COUNT_AT_ONCE]),
+            STREAMS * BLOCK_E,
+            mask=tl.reshape(counted_SN, [STREAMS * COUNT_AT_ONCE]),
+        )
+        count_SE += tl.reshape(bins, [STREAMS, BLOCK_E])
     row_S = program * STREAMS + tl.arange(0, STREAMS)
     known_E = expert_E < num_experts
     tl.store(

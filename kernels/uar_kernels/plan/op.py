@@ -57,6 +57,8 @@ HEURISTICS = ((64, 128, 96, 32), (256, 512, 48, 16), (1 << 30, 1024, 32, 4))
 # A stream per warp keeps ballots and running counters inside the warp; 8 warps hide each other's
 # latency and fit four times on an SM.
 STREAMS = NUM_WARPS = 8
+# Entries of each stream that are counted at a time, four in a thread.
+COUNT_AT_ONCE = 128
 
 
 def plan(index_TK: torch.Tensor, num_experts: int, ep_size: int = 1, backend: str = "auto") -> Plan:
@@ -143,7 +145,8 @@ def minimum_bytes(tokens: int, k_max: int, num_experts: int, index_itemsize: int
 def compilations() -> list[dict[str, Any]]:
     """What :func:`plan` compiles for usual sizes, for the report on generated code.
 
-    ``trips`` counts how often each loop of the kernel runs, in the order of the code.
+    ``trips`` counts how often each loop of the kernel runs, in the order of the code; of the last
+    one, how many entries a thread takes.
     """
     from uar_kernels.plan import kernel
 
@@ -159,7 +162,7 @@ def compilations() -> list[dict[str, Any]]:
                 [_cdiv(launch.programs, launch.scan_rows), 1, steps],
             ),
         ):
-            constexprs = _constexprs(num_experts, launch)
+            constexprs = _constexprs(fn, num_experts, launch)
             types = {
                 "index": "*i64",
                 "tokens_per_expert": "*i64",
@@ -171,7 +174,7 @@ def compilations() -> list[dict[str, Any]]:
                     "kernel": f"plan.{fn.__name__}",
                     "fn": fn,
                     "signature": {name: types.get(name, "i32") for name in names},
-                    "constexprs": {n: v for n, v in constexprs.items() if n in fn.arg_names},
+                    "constexprs": constexprs,
                     "attrs": [
                         fn.arg_names.index(n)
                         for n in names
@@ -201,11 +204,14 @@ def _launch(index_TK: torch.Tensor, num_experts: int, ep_size: int, launch: Laun
     )
     counts = empty(launch.programs, num_experts, dtype=torch.int32)
     part_counts = empty(launch.programs, launch.streams, num_experts, dtype=torch.int32)
-    constexprs = _constexprs(num_experts, launch)
-    scan_rows = constexprs.pop("SCAN_ROWS")
     sizes = (index_TK.numel(), launch.part, num_experts)
     kernel.count_kernel[(launch.programs,)](
-        index_TK, counts, part_counts, *sizes, **constexprs, num_warps=launch.num_warps
+        index_TK,
+        counts,
+        part_counts,
+        *sizes,
+        **_constexprs(kernel.count_kernel, num_experts, launch),
+        num_warps=launch.num_warps,
     )
     kernel.rank_kernel[(launch.programs,)](
         index_TK,
@@ -216,22 +222,24 @@ def _launch(index_TK: torch.Tensor, num_experts: int, ep_size: int, launch: Laun
         result.splits,
         *sizes,
         ep_size,
-        **constexprs,
-        SCAN_ROWS=scan_rows,
+        **_constexprs(kernel.rank_kernel, num_experts, launch),
         num_warps=launch.num_warps,
     )
     return result
 
 
-def _constexprs(num_experts: int, launch: Launch) -> dict[str, int]:
+def _constexprs(fn: Any, num_experts: int, launch: Launch) -> dict[str, int]:
+    """The constants that a kernel takes."""
     # A tile of fewer than 8 experts would save nothing.
     index_bits = max((num_experts - 1).bit_length(), 3)
-    return {
+    constants = {
         "BLOCK_E": 1 << index_bits,
         "STREAMS": launch.streams,
+        "COUNT_AT_ONCE": COUNT_AT_ONCE,
         "INDEX_BITS": index_bits,
         "SCAN_ROWS": launch.scan_rows,
     }
+    return {name: value for name, value in constants.items() if name in fn.arg_names}
 
 
 def _check_index(index_TK: torch.Tensor) -> None:

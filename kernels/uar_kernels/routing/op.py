@@ -253,7 +253,7 @@ def forward_options(experts: int, width: int) -> dict[str, Any]:
     ptxas has to try harder for 256 experts and 16 columns, which would spill; elsewhere that takes
     more registers, or spills.
     """
-    options = COMPILER_OPTIONS | {"maxnreg": 96}
+    options: dict[str, Any] = COMPILER_OPTIONS | {"maxnreg": 96}
     if experts > 128 and width > 8:
         options["ptx_options"] = "--register-usage-level=8"
     return options
