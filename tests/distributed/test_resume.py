@@ -27,6 +27,7 @@ EVERYTHING = (
 )
 LAYOUTS = {
     "EP 2, fp32": (2, ("expert_model_parallel_size=2",)),
+    "DP 2, distributed optimizer, fp32": (2, ("use_distributed_optimizer=true",)),
     "DP 2, distributed optimizer, bf16": (2, ("use_distributed_optimizer=true", "bf16=true")),
 }
 

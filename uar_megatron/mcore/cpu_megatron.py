@@ -113,6 +113,7 @@ def _replace_adam_step_count() -> None:
 
     original_set = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 
+    @torch.no_grad()  # in fp32 what is loaded into is the parameter itself
     def set_states(self: Any, param: Any, tensors: dict[str, Any]) -> None:
         original_set(self, param, {"step": None, **tensors})
 
