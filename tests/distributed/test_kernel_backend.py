@@ -20,11 +20,10 @@ EVERYTHING = (
 )
 BUDGETS = {
     "free, alone": (1, 20, ("uar.budget.mode=free",)),
-    "mean, EP2": (2, 8, ("uar.budget.mode=mean", "expert_model_parallel_size=2")),
-    "exact, TP2 × EP2": (
+    "mean, TP2 × EP2": (
         *(2, 8),
         (
-            *("uar.budget.mode=exact", "expert_model_parallel_size=2"),
+            *("uar.budget.mode=mean", "expert_model_parallel_size=2"),
             *("tensor_model_parallel_size=2", "sequence_parallel=true"),
             "expert_tensor_parallel_size=1",
         ),
