@@ -33,10 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uar_megatron.data.cli import run_command
 from uar_megatron.experiment import load_experiment
+from uar_megatron.policies import find_policy
 
 LOG_INTERVAL = 10
+# Stock models with meters; the second observes every step, so that what an interval costs is its
+# excess over the first, divided by ``uar.observe.interval``.
+MONITORED = {"monitor": False, "monitor, observed": True}
 UAR: dict[str, dict[str, Any] | None] = {
     "stock": None,
+    "monitor": None,
+    "monitor, observed": None,
     "off": {"policy": "topk"},
     "exact": {"policy": "uar", "budget": {"mode": "exact"}},
     "free": {"policy": "uar", "budget": {"mode": "free", "beta": 2.5}},
@@ -50,10 +56,11 @@ UAR: dict[str, dict[str, Any] | None] = {
 
 @dataclass
 class Result:
-    """One variant. Ratios are to stock, within each round."""
+    """One variant. Ratios are to the baseline, within each round."""
 
     step_time_ratio: float = 1.0
     interval: tuple[float, float] = (1.0, 1.0)
+    standard_error: float = 0.0
     flops_ratio: float = 1.0
     peak_bytes_ratio: float = 1.0
     launches: int = 0
@@ -149,8 +156,8 @@ class Variant:
 
         from uar_megatron.config import UARConfig
         from uar_megatron.mcore.compat import finalize_model_grads
+        from uar_megatron.mcore.meters import meters_of
         from uar_megatron.mcore.spec import uar_layer_spec
-        from uar_megatron.mcore.step import routers_of
         from uar_megatron.mcore.tracker import RoutingTracker
 
         self.name, self.args = name, args
@@ -173,18 +180,36 @@ class Variant:
         self.steps = 0
         # The step boundary hooks into this process-wide machine; each variant has its own hooks.
         self.machine = get_rerun_state_machine()
-        self.hooks = (self.machine.state_save_func, self.machine.state_restore_func)
+        stock_hooks = (self.machine.state_save_func, self.machine.state_restore_func)
         self.k_eff = float(args.moe_router_topk)
         self.tracker = None
-        if uar is not None:
+        self.observed = None
+        if uar is not None or name in MONITORED:
             self.tracker = RoutingTracker(
-                routers_of(self.model),
+                meters_of(self.model, 1.0),
                 args.num_layers,
                 args.num_experts,
+                () if uar is None else find_policy(uar["policy"]).logged,
                 LOG_INTERVAL,
                 lambda: args.global_batch_size * args.seq_length,
                 self._emit,
             )
+        if MONITORED.get(name):
+            self.observed = self._observe()
+        self.hooks = (self.machine.state_save_func, self.machine.state_restore_func)
+        self.machine.state_save_func, self.machine.state_restore_func = stock_hooks
+
+    def _observe(self) -> Any:
+        from uar_megatron.mcore.observation import ObservedSteps
+        from uar_megatron.mcore.token_classes import TokenClasses
+        from uar_megatron.mcore.watching import moe_layers
+
+        args = self.args
+        classes = TokenClasses(self.model, 0, lambda: True)
+        ids_V = torch.arange(args.padded_vocab_size, device=torch.cuda.current_device())
+        classes.decile_V = ids_V * 10 // args.padded_vocab_size
+        routers = [layer.router for layer in moe_layers(self.model)]
+        return ObservedSteps(routers, args.num_layers, args.num_experts, 1.0, classes, lambda: True)
 
     def _emit(self, record: dict[str, Any]) -> None:
         self.k_eff = record["k_eff"]
@@ -212,7 +237,9 @@ class Variant:
         if self.tracker is not None:
             call = {"iteration": self.steps, "loss_dict": losses, "skipped_iter": skipped}
             call |= {"grad_norm": grad_norm, "learning_rate": 0.0, "is_first_iteration": False}
-            self.tracker.on_step(call, seconds=1.0)
+            self.tracker.on_step(call, seconds=lambda: 1.0)
+        if self.observed is not None:
+            self.observed.take()
 
 
 def batches_of(args: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -240,8 +267,10 @@ def synchronize() -> None:
         torch.distributed.barrier()
 
 
-def measure(variants: list[Variant], batches: Any, rounds: int) -> dict[str, Result]:
-    """Count one step of each variant, then time them in rounds."""
+def measure(
+    variants: list[Variant], batches: Any, rounds: int, baseline: str = "stock"
+) -> dict[str, Result]:
+    """Count one step of each variant, then time them in rounds; ratios are to the baseline."""
     results = {variant.name: Result() for variant in variants}
     for _ in range(LOG_INTERVAL):  # statistics settle, allocators and caches fill
         for variant in variants:
@@ -264,23 +293,24 @@ def measure(variants: list[Variant], batches: Any, rounds: int) -> dict[str, Res
             variant.step(batches)
             synchronize()
             results[variant.name].seconds.append(time.perf_counter() - started)
-    stock = results["stock"].seconds
+    reference = results[baseline].seconds
     for variant in variants:
         result, count = results[variant.name], counts[variant.name]
-        ratios = [ours / theirs for ours, theirs in zip(result.seconds, stock, strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(result.seconds, reference, strict=True)]
         result.step_time_ratio = statistics.median(ratios)
-        result.interval = bootstrap(ratios)
-        result.flops_ratio = flops[variant.name] / flops["stock"]
-        result.peak_bytes_ratio = count.peak_bytes / counts["stock"].peak_bytes
+        result.interval, result.standard_error = bootstrap(ratios)
+        result.flops_ratio = flops[variant.name] / flops[baseline]
+        result.peak_bytes_ratio = count.peak_bytes / counts[baseline].peak_bytes
         result.launches, result.host_syncs = count.launches, count.host_syncs
         result.collectives, result.k_eff = count.collectives, variant.k_eff
     return results
 
 
-def bootstrap(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the median."""
+def bootstrap(ratios: list[float], draws: int = 2000) -> tuple[tuple[float, float], float]:
+    """The 95 % interval of the median, and its standard error."""
     medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    interval = medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    return interval, statistics.stdev(medians)
 
 
 def main(

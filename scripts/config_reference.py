@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md: the configuration, and Megatron's routing options.
+"""Write the generated parts of README.md: configuration, Megatron's options, toy replication.
 
 ``python scripts/config_reference.py`` rewrites the blocks between their markers; with ``--check``
 it only says whether they are up to date.
@@ -12,6 +12,9 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+
+# Beside this file, which is where a script's imports are looked for first.
+import replicate_section  # type: ignore[import-not-found]
 
 from uar_megatron.config import Schedule, Section, UARConfig
 from uar_megatron.experiment import LaunchConfig, RunConfig
@@ -77,6 +80,7 @@ def megatron_options() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "config reference": configuration,
     "megatron options": megatron_options,
+    replicate_section.BLOCK: replicate_section.text,
 }
 
 

@@ -31,9 +31,11 @@ import typer
 import zstandard
 
 from uar_megatron.data.bpe import train_bpe
-from uar_megatron.data.build import build_dataset
 from uar_megatron.data.cli import run_command
 from uar_megatron.data.corpus import Deduplicated, Document, deduplicate, split_by_hash
+from uar_megatron.data.pipeline.manifest import build_corpus as build_datasets
+from uar_megatron.data.pipeline.plan import open_plan
+from uar_megatron.data.pipeline.recipe import load_recipe
 from uar_megatron.data.unigram import unigram_cross_entropy
 from uar_megatron.errors import DataError
 
@@ -85,6 +87,9 @@ STDLIB_SKIP = {
     "encodings",  # tables of numbers
     "pydoc_data",  # prose, taken as documentation below
 }
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "corpora" / "demo.yaml"
+# They name the work folder, or say again what the demo's own manifest and data group say.
+OWN_TO_A_CORPUS = ("plan.json", "manifest.json", "blend.json", "data.yaml")
 VOCAB_SIZE = 4096
 SHORTEST_DOCUMENT = 200  # characters
 PASSAGE = 4000  # characters of literature in one document
@@ -222,18 +227,12 @@ def build_corpus(work: Path) -> dict[str, Any]:
     train_bpe((d.text for d in splits["train"]), VOCAB_SIZE, work / "tokenizer")
 
     typer.echo("4/4 writing the Megatron datasets")
+    corpus = write_datasets(work)
     datasets: dict[str, Any] = {}
     for split, documents in splits.items():
-        # One process: tokenizing takes about as long as starting another one would.
-        summary = build_dataset(
-            [work / "text" / f"{split}.jsonl.zst"], work / split, f"hf:{work / 'tokenizer'}"
-        )
-        datasets[split] = {
-            "documents": summary.documents,
-            "tokens": summary.tokens,
-            "text_bytes": summary.text_bytes,
-            "genres": genre_sizes(documents),
-        }
+        (written,) = corpus["sources"][split]["datasets"]["train"]
+        datasets[split] = {key: written[key] for key in ("documents", "tokens", "text_bytes")}
+        datasets[split]["genres"] = genre_sizes(documents)
     manifest = {
         "recipe": recipe(),
         "duplicates_removed": {
@@ -248,6 +247,16 @@ def build_corpus(work: Path) -> dict[str, Any]:
     manifest["files"] = {str(path.relative_to(work)): sha256_of(path) for path in files}
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def write_datasets(work: Path) -> dict[str, Any]:
+    """Tokenize the text with the pipeline that large corpora go through; returns its manifest."""
+    overrides = [f"root={work / 'text'}", f"tokenizer=hf:{work / 'tokenizer'}"]
+    # One process: tokenizing takes about as long as starting another one would.
+    corpus = build_datasets(open_plan(load_recipe(RECIPE, overrides), work), work)
+    for name in OWN_TO_A_CORPUS:
+        (work / name).unlink()
+    return corpus
 
 
 def download(folder: Path) -> dict[str, Path]:

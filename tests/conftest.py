@@ -50,3 +50,11 @@ def model_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.distributed.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name)
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run on text, with its tokenizer beside it."""
+    from evaluated_run import shared_run
+
+    return shared_run(tmp_path_factory)

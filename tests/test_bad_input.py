@@ -10,8 +10,14 @@ import pytest
 from jobs import TINY, environment, torchrun, train_arguments
 
 from uar_megatron.data.build import build_dataset
-from uar_megatron.errors import UnsupportedEnvironmentError
+from uar_megatron.errors import (
+    ConfigError,
+    TrainingError,
+    UARError,
+    UnsupportedEnvironmentError,
+)
 from uar_megatron.mcore.compat import check_megatron_version
+from uar_megatron.pretrain import fail
 
 CASES = {
     "unknown key": (["num_layer=2"], ["num_layer", "did you mean 'num_layers'"]),
@@ -39,6 +45,15 @@ CASES = {
     "nothing to calibrate": (
         ["uar.clb.enabled=true", "moe_aux_loss_coeff=0.0"],
         ["uar.clb.enabled", "nothing to calibrate"],
+    ),
+    "warm-up without end": (["lr_warmup_iters=20"], ["lr_warmup_iters", "0 … 19"]),
+    "unknown policy": (
+        ["uar.policy=top_k"],
+        ["uar.policy", "did you mean 'topk'", "module:Class"],
+    ),
+    "relu with a softmax after the selection": (
+        ["uar.policy=relu", "moe_router_load_balancing_type=none"],
+        ["moe_router_pre_softmax", "uar.policy=relu", "gates are the weights"],
     ),
     "cuda without a GPU": (["launch.device=cuda"], ["launch.device", "parallel=cpu"]),
 }
@@ -108,6 +123,31 @@ def test_every_rank_refuses_and_one_speaks(tmp_path: Path) -> None:
     assert job.stderr.count("error: uar.budget.k_min") == 1
     assert "exitcode  : 2" in job.stderr
     assert "Error:" not in job.stderr.replace("ChildFailedError:", "")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "waited"),
+    [
+        ("0", ConfigError("lr", "bad"), []),
+        ("1", ConfigError("lr", "bad"), [30.0]),
+        ("1", TrainingError("lost"), []),
+    ],
+)
+def test_other_ranks_wait_and_speak_if_nobody_did(
+    rank: str,
+    error: UARError,
+    waited: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(SystemExit) as left:
+        fail(error)
+    assert left.value.code == error.exit_code
+    assert capsys.readouterr().err == f"error: {error}\n"
+    assert slept == waited
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -68,6 +68,16 @@ def test_a_group_can_be_added_and_comes_from_the_package(mine: Path) -> None:
     assert experiment.megatron["expert_model_parallel_size"] == 2
 
 
+def test_a_group_that_only_another_group_builds_upon_is_added(mine: Path) -> None:
+    write(mine.parent / "cluster" / "big.yaml", "defaults:\n  - parallel: wide\nlr: 5e-4\n")
+    write(mine.parent / "parallel" / "wide.yaml", "tensor_model_parallel_size: 8\n")
+    write(mine.parent / "parallel" / "narrow.yaml", "tensor_model_parallel_size: 1\n")
+    chosen = load_experiment(mine, ["cluster=big"]).megatron
+    assert chosen["tensor_model_parallel_size"] == 8
+    chosen = load_experiment(mine, ["cluster=big", "parallel=narrow"]).megatron
+    assert chosen["tensor_model_parallel_size"] == 1
+
+
 def test_the_resolved_configuration_loads_as_the_same(mine: Path, tmp_path: Path) -> None:
     experiment = load_experiment(mine)
     save_resolved(experiment, tmp_path / "saved")
@@ -122,6 +132,10 @@ def leaves(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple
     return found
 
 
+# What these may be is known to the policies alone, which refuse it at start-up.
+OPEN = {("policy",): str, ("options",): dict}
+
+
 @given(
     path=st.sampled_from(leaves(UARConfig)),
     value=st.one_of(st.just(float("nan")), st.just(["x"]), st.just({"a": 1}), st.just("nonsense")),
@@ -129,6 +143,7 @@ def leaves(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple
 def test_any_field_refuses_nonsense_under_its_own_name(
     path: tuple[str, ...], value: object
 ) -> None:
+    assume(not isinstance(value, OPEN.get(path, ())))
     nested: object = value
     for part in reversed(path):
         nested = {part: nested}
@@ -142,6 +157,8 @@ def test_every_shipped_experiment_loads(path: Path) -> None:
     assert yaml.safe_load(experiment.to_yaml())["uar"]["policy"] in ("topk", "uar")
 
 
-@pytest.mark.parametrize("routing", ["topk", "uar_ae", "uar_ae_clb", "uar_auxfree_clb"])
+@pytest.mark.parametrize(
+    "routing", sorted(file.stem for file in (builtin_config_dir() / "routing").glob("*.yaml"))
+)
 def test_every_routing_goes_with_the_demo(routing: str) -> None:
     load_experiment(builtin_config_dir() / "demo.yaml", [f"routing={routing}"])

@@ -58,6 +58,10 @@ def test_equals_a_count_by_hand() -> None:
     assert record["k_histogram"] == pytest.approx(
         [(k == i).double().mean().item() for i in range(7)]
     )
+    slots = torch.cat([p[1].routing_map_TE for p in flat])
+    shares = (slots.sum(dim=0) / slots.sum()).tolist()
+    assert record["load"] == pytest.approx(shares)
+    assert record["utilisation_entropy"] == pytest.approx(-sum(x * math.log(x) for x in shares))
     assert record["omega_mean"] == pytest.approx(torch.cat([p[2] for p in flat]).mean().item())
     high_h, high_f = entropy > 1.0, energy > -2.0
     expected = [~high_h & ~high_f, high_h & ~high_f, ~high_h & high_f, high_h & high_f]

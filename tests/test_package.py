@@ -39,7 +39,10 @@ def test_wheel_works_outside_the_repository(repository: Path, tmp_path: Path) ->
         "micro_batch_size: 2\nglobal_batch_size: 4\ntrain_iters: 3\nlr: 1.0e-3\nlog_interval: 1\n"
         "eval_interval: 10\neval_iters: 1\nlr_decay_style: constant\n"
     )
-    where = "import uar_megatron, uar_kernels; print(uar_megatron.__file__, uar_kernels.__file__)"
+    where = (
+        "import uar_megatron, uar_kernels; print(uar_megatron.__file__, uar_kernels.__file__);"
+        "from uar_megatron.launching.scripts import script_dir; print(*script_dir().iterdir())"
+    )
     for command in (["-c", where], ["-m", "uar_megatron.cli", "train", "mine.yaml"]):
         result = subprocess.run(
             [sys.executable, *command],
@@ -51,6 +54,7 @@ def test_wheel_works_outside_the_repository(repository: Path, tmp_path: Path) ->
         )
         assert result.returncode == 0, result.stderr[-3000:]
         if command[0] == "-c":
-            assert result.stdout.count(str(site)) == 2
+            assert result.stdout.count(str(site)) == 4
+            assert "torchrun.sh" in result.stdout
     assert " uar | step 3 | loss" in result.stdout
     assert (elsewhere / "runs" / "run" / "run.jsonl").exists()

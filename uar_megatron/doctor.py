@@ -228,7 +228,7 @@ def _features(experiment: Any) -> list[Check]:
             "Adaptive Expansion",
             uar.policy == "uar",
             f"mode {uar.budget.mode}",
-            "uar.policy is topk",
+            f"uar.policy is {uar.policy}",
         ),
         (
             "Calibrated Load Balancing",

@@ -23,6 +23,8 @@ from uar_megatron.config import Section, UARConfig, nearest, parse_section
 from uar_megatron.errors import ConfigError
 
 SECTIONS = ("uar", "run", "launch")
+RUN_LOG, CONFIG = "run.jsonl", "config.yaml"
+"""A run's log and its resolved configuration, in the run's folder."""
 
 
 class RunConfig(Section):
@@ -108,13 +110,33 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     )
 
 
+def values_of_group(path: Path, override: str) -> dict[str, Any] | None:
+    """Return what ``group=name`` brings to an experiment, unresolved; None for any other override.
+
+    Args:
+        path: the experiment's file, for where groups are.
+        override: from the command line.
+
+    Raises:
+        ConfigError: the group has no such file.
+    """
+    roots = _roots(path)
+    groups, _ = _split_overrides([override], roots)
+    for group, name in groups.items():
+        file = _find(f"{group}/{name}.yaml", roots, path)
+        plain = OmegaConf.to_container(_compose(file, roots, {}, set()))
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
+    return None
+
+
 def load_uar_section(path: str | Path) -> UARConfig:
     """Read the UAR section for a Megatron script of your own.
 
     Args:
         path: a YAML file with a ``uar`` key, or with the section's fields at its root.
     """
-    plain = OmegaConf.to_container(_read(Path(path)), resolve=True)
+    plain = OmegaConf.to_container(read_yaml(Path(path)), resolve=True)
     assert isinstance(plain, dict)
     return parse_section(UARConfig, plain.get("uar", plain), "uar")
 
@@ -124,13 +146,73 @@ def save_resolved(experiment: Experiment, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".config.yaml.{os.getpid()}"
     temporary.write_text(experiment.to_yaml(), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
+    temporary.replace(folder / CONFIG)
+
+
+def changes_of_run(
+    experiment: Experiment, folder: Path, also_ignored: Sequence[str] = ()
+) -> list[str]:
+    """How an experiment differs from the run that a folder holds.
+
+    Args:
+        experiment: that is to be trained there.
+        folder: of the run; without a run log it holds none.
+        also_ignored: dotted keys that may differ, beside how long one process trains.
+
+    Returns:
+        A sentence for each key that differs.
+
+    Raises:
+        ConfigError: the folder's configuration cannot be read.
+    """
+    if not ((folder / CONFIG).exists() and (folder / RUN_LOG).exists()):
+        return []
+    before, now = _flat(load_experiment(folder / CONFIG).resolved), _flat(experiment.resolved)
+    return [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted((before.keys() | now.keys()) - {"exit_duration_in_mins", *also_ignored})
+        if before.get(key) != now.get(key)
+    ]
+
+
+def check_writable(field: str, folder: str | Path) -> None:
+    """Make a folder and write a byte into it, so that a long run cannot end unsaved.
+
+    Args:
+        field: what names the folder.
+        folder: it.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    probe = Path(folder) / f".write_test.{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            field,
+            f"cannot write to {folder}: {error.strerror}",
+            allowed="a folder this user can create and write to",
+            remedy="choose another folder, or make this one writable",
+        ) from error
 
 
 def builtin_config_dir() -> Path:
     """The configurations that come with the package: inside a wheel, else the repository's."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _roots(path: Path) -> list[Path]:
@@ -172,14 +254,14 @@ def _compose(
         roots: folders of groups.
         groups: choices from the command line. They exchange groups of experiments, not those that
             a group's own file builds upon.
-        used: collects the groups that were met, so that the others can be added.
+        used: collects the groups that were exchanged or could be; the others are added.
         parents: files that are being composed, to notice circles.
     """
     if path.resolve() in parents:
         chain = " -> ".join(p.name for p in (*parents, path))
         raise ConfigError("defaults", f"configurations include each other: {chain}")
     below = (*parents, path.resolve())
-    config = _read(path)
+    config = read_yaml(path)
     parts = []
     for entry in config.pop("defaults", None) or []:
         if isinstance(entry, str):
@@ -193,11 +275,11 @@ def _compose(
         group = str(next(iter(entry)))
         used.add(group)
         file = _find(f"{group}/{groups.get(group, entry[group])}.yaml", roots, path)
-        parts.append(_compose(file, roots, {}, used, below))
+        parts.append(_compose(file, roots, {}, set(), below))
     if not parents:
-        for group in groups.keys() - used:
+        for group in (group for group in groups if group not in used):  # later wins
             file = _find(f"{group}/{groups[group]}.yaml", roots, path)
-            parts.append(_compose(file, roots, {}, used, below))
+            parts.append(_compose(file, roots, {}, set(), below))
     merged = OmegaConf.merge(*parts, config)
     assert isinstance(merged, DictConfig)
     return merged
@@ -217,7 +299,12 @@ def _find(name: str, roots: Sequence[Path], wanted_by: Path) -> Path:
     )
 
 
-def _read(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """Read a file whose root is a mapping; nothing is composed or resolved.
+
+    Raises:
+        ConfigError: it is missing, or not such a file.
+    """
     if not path.is_file():
         known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(

@@ -13,7 +13,8 @@ import torch
 from uar_megatron.config import StatesConfig
 from uar_megatron.decision import CompactDecision, RoutingDecision, Uncertainty
 
-LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+POLICY_LOSS = "policy_loss"
+LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", POLICY_LOSS)
 # Per token; the sums of their products are kept, of which these are some: Σ counted·energy = ΣF,
 # Σ energy·energy = ΣF², Σ high_entropy·high_energy = tokens in the vacuum.
 _ROWS = ("counted", "energy", "entropy", "zscore", "omega", "high_entropy", "high_energy")
@@ -67,6 +68,7 @@ class LayerMetrics:
         self._step_sums = torch.zeros_like(self._sums)
         self._step_slots_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
         self._slots_of_steps: list[torch.Tensor] = []
+        self._evaluated = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
 
     @staticmethod
     def width(num_experts: int, max_k: int, steps: int) -> int:
@@ -114,11 +116,31 @@ class LayerMetrics:
         self._step_sums[_INDEX["valid"]] += valid
 
     @torch.no_grad()
+    def add_evaluated(
+        self,
+        uncertainty: Uncertainty,
+        dispatched: RoutingDecision | CompactDecision,
+        valid_T: torch.Tensor | None,
+    ) -> None:
+        """Add one micro-batch of an evaluation; arguments as for :meth:`add`."""
+        if not self.has_reader:
+            return
+        finite_T = uncertainty.finite_T
+        counted_T = finite_T if valid_T is None else finite_T & valid_T
+        self._evaluated[:-1] += dispatched.slots(counted_T)
+        self._evaluated[-1] += counted_T.sum()
+
+    def take_evaluated(self) -> torch.Tensor:
+        """Slots of each expert and the number of tokens since the last call, ``[experts + 1]``."""
+        evaluated, self._evaluated = self._evaluated, torch.zeros_like(self._evaluated)
+        return evaluated
+
+    @torch.no_grad()
     def add_loss(self, name: str, loss: torch.Tensor, share: float) -> None:
         """Add one rank's summand of a balancing loss (without its coefficient).
 
         Args:
-            name: its ``moe_router_load_balancing_type``.
+            name: its ``moe_router_load_balancing_type``, or ``POLICY_LOSS``.
             loss: the summand.
             share: the part of a loss that this rank contributes, 1 / (ranks that share its tokens).
         """
@@ -200,6 +222,7 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
     violations_S = slots_SE.amax(dim=1) / mean_load_S - 1.0
     busy_S = slots_SE.sum(dim=1) > 0
     slots_E = slots_SE.sum(dim=0)
+    load_E = slots_E / slots_E.sum().clamp_min(1.0)
 
     def mean(name: str) -> float:
         return product("counted", name) / tokens
@@ -219,7 +242,8 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         "k_histogram": (histogram / tokens).tolist(),
         "states": [state / tokens for state in states],
         "omega_mean": mean("omega"),
-        "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
+        "load": load_E.tolist(),
+        "utilisation_entropy": float(torch.special.entr(load_E).sum()),
         "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else 0.0,
         "balancing_loss": {
             loss: sums[f"sum_{loss}"] / sums[f"terms_{loss}"]
@@ -229,4 +253,37 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         "rows": sums["rows"] / steps,
         "trimmed": sums["trimmed"] / steps,
         "nonfinite": int(sums["valid"] - counted),
+    }
+
+
+def interval_statistics(total: torch.Tensor, measure: str, mean: torch.Tensor) -> torch.Tensor:
+    """What ``UncertaintyStatistics.commit`` takes, from the sums of an interval over all ranks.
+
+    Args:
+        total: as in :func:`describe`, on the device.
+        measure: ``energy`` or ``entropy``.
+        mean: the ū that deviations are taken from.
+    """
+    row, counted = _ROW[measure], _ROW["counted"]
+    products = total[: len(_ROWS) ** 2].view(len(_ROWS), len(_ROWS))
+    count, first, second = products[counted, counted], products[counted, row], products[row, row]
+    shift = first - count * mean
+    squares = second - 2.0 * mean * first + count * mean.square()
+    return torch.stack((shift, squares, count, total[_INDEX["valid"]] - count))
+
+
+def describe_evaluation(total: torch.Tensor) -> dict[str, object]:
+    """Turn :meth:`LayerMetrics.take_evaluated`, summed over all ranks, into the run log's numbers.
+
+    Returns:
+        Under the names of ``reporting.schema.LayerValidation``; MaxVio is of the loads over the
+        whole set, unlike that of :func:`describe`.
+    """
+    slots_E, tokens = total[:-1], max(float(total[-1]), 1.0)
+    mean_load = float(slots_E.mean())
+    return {
+        "tokens": int(total[-1]),
+        "k_eff": float(slots_E.sum()) / tokens,
+        "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
+        "max_vio": float(slots_E.max()) / mean_load - 1.0 if mean_load else 0.0,
     }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from uar_megatron.errors import ConfigError, DataError, TrainingError, UARError
-from uar_megatron.experiment import Experiment, load_experiment, save_resolved
+from uar_megatron.experiment import Experiment, check_writable, load_experiment, save_resolved
+
+_FIRST_RANK_SPEAKS_WITHIN = 30.0
+"""Seconds: ranks of a node import torch and Megatron at different speeds."""
 
 
 def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
@@ -39,6 +44,7 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
     from uar_megatron.data.check import check_dataset
     from uar_megatron.mcore.async_save import check_async_save
     from uar_megatron.mcore.compatibility import check_compatible
+    from uar_megatron.mcore.observer import check_observe
 
     with _environment(WORLD_SIZE=str(world_size), RANK="0"), _megatron_refusals(), _argv(argv):
         args = parse_args()
@@ -46,6 +52,8 @@ def validate(experiment: Experiment, world_size: int) -> argparse.Namespace:
         check_async_save(args)
         validate_args(args)
         core_transformer_config_from_args(args)
+    check_observe(experiment.uar, args)
+    _check_schedule(args)
     _check_tokenizer(args)
     with _megatron_refusals():
         build_tokenizer(args)  # sets the vocabulary that the data must fit
@@ -73,12 +81,14 @@ def run(experiment: Experiment) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
+    from uar_megatron.mcore.async_save import keep_writers_alive
     from uar_megatron.mcore.checkpoint import (
         check_checkpoint,
         check_on_every_rank,
         name_newest_checkpoint,
         unsafe_checkpoints_refused,
     )
+    from uar_megatron.mcore.compat import keep_saving_in_this_process
     from uar_megatron.mcore.gpt import dataset_provider, forward_step
     from uar_megatron.mcore.lost_rank import lost_ranks_named
     from uar_megatron.mcore.spec import assert_uar_routers, uar_layer_spec
@@ -88,11 +98,15 @@ def run(experiment: Experiment) -> None:
         # Every rank reads it before there is a process group.
         name_newest_checkpoint(resolved)
         check_checkpoint(resolved)
-    with _argv(argv), _megatron_refusals(), _failed_loads_named(resolved):
+    with _argv(argv), _megatron_refusals(), failed_loads_named(resolved):
         args = parse_and_validate_args()
         model_config = gpt_config_from_args(args)
+    if args.async_save:
+        keep_writers_alive(args.exit_signal)
+    else:
+        keep_saving_in_this_process()
     model_config.transformer_layer_spec = uar_layer_spec(experiment.uar)
-    recorder = RunRecorder(experiment, args)
+    recorder = RunRecorder(experiment.run, experiment.uar, experiment.resolved, args)
 
     def after_build(model: list[Any]) -> list[Any]:
         check_on_every_rank(args)  # Megatron loads next
@@ -109,7 +123,7 @@ def run(experiment: Experiment) -> None:
         with (
             lost_ranks_named(),
             unsafe_checkpoints_refused(args.load),
-            _failed_loads_named(args),
+            failed_loads_named(args),
         ):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
@@ -129,7 +143,7 @@ def run(experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def _failed_loads_named(args: argparse.Namespace) -> Iterator[None]:
+def failed_loads_named(args: argparse.Namespace) -> Iterator[None]:
     """Turn the bare ``sys.exit()`` of a load that failed into an error.
 
     Its exit code would be 0, that of a finished job; Megatron's training loop leaves with a number.
@@ -212,11 +226,13 @@ def describe(experiment: Experiment) -> str:
 def fail(error: UARError) -> None:
     """Print the error and leave with its exit code, on every rank.
 
-    Every rank meets a bad configuration, so one rank of a node prints that; in training a single
-    rank may be the only one that knows what went wrong.
+    Every rank meets a bad configuration, so the first rank of a node prints that. torchrun ends all
+    ranks as soon as one has left: the others stay until then, and speak only if nobody did. In
+    training a single rank may be the only one that knows what went wrong.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, TrainingError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, TrainingError):
+        time.sleep(_FIRST_RANK_SPEAKS_WITHIN)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(error.exit_code)
 
 
@@ -230,8 +246,25 @@ def _one_option_per_line(argv: Sequence[str]) -> list[str]:
     return lines
 
 
-def _prepare_process(experiment: Experiment) -> list[str]:
-    """Switch the CPU layer on if asked for, check versions, and compile Megatron's arguments."""
+def global_arguments(experiment: Experiment) -> argparse.Namespace:
+    """Return this rank's validated arguments, and make them and the tokenizer Megatron's globals.
+
+    Raises:
+        UARError: the configuration cannot be used.
+    """
+    argv = _prepare_process(experiment)
+    from megatron.training.arguments import parse_and_validate_args
+
+    with _argv(argv), _megatron_refusals():
+        return parse_and_validate_args()
+
+
+def prepare_device(experiment: Experiment) -> None:
+    """Switch the CPU layer on if asked for; nothing of Megatron may have been imported before.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
     import torch
 
     from uar_megatron.mcore import cpu
@@ -245,6 +278,11 @@ def _prepare_process(experiment: Experiment) -> list[str]:
             allowed="cuda (with a GPU), cpu",
             remedy="start with parallel=cpu (or launch.device=cpu) to run on the CPU",
         )
+
+
+def _prepare_process(experiment: Experiment) -> list[str]:
+    """Prepare the device, check versions, and compile Megatron's arguments."""
+    prepare_device(experiment)
     from uar_megatron.mcore.arguments import to_argv
     from uar_megatron.mcore.checkpoint import load_data_only
 
@@ -254,6 +292,24 @@ def _prepare_process(experiment: Experiment) -> list[str]:
         # CUDA reads it when it starts; before Blackwell Megatron refuses to run without it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return to_argv(experiment.megatron)
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    """Refuse a warm-up that the learning rate's decay never begins after (Megatron asserts it)."""
+    steps = args.lr_decay_iters or args.train_iters
+    if steps and args.lr_warmup_iters >= steps:
+        raise ConfigError(
+            "lr_warmup_iters",
+            f"{args.lr_warmup_iters} of {steps} steps",
+            allowed=f"0 … {steps - 1}",
+            remedy="shorten the warm-up, or lengthen lr_decay_iters or train_iters",
+        )
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ConfigError(
+            "multiple_validation_sets",
+            "Megatron evaluates several sets only in full",
+            remedy="set full_validation: true, or name one set",
+        )
 
 
 def _check_tokenizer(args: argparse.Namespace) -> None:
@@ -281,6 +337,8 @@ def _data_prefixes(args: argparse.Namespace) -> list[str]:
         )
         for word in paths or ()
     ]
+    if args.per_split_data_args_path:
+        words += _words_of_blend(Path(args.per_split_data_args_path))
     if not words and not (args.data_args_path or args.per_split_data_args_path):
         raise ConfigError(
             "data_path",
@@ -289,6 +347,21 @@ def _data_prefixes(args: argparse.Namespace) -> list[str]:
             remedy="choose a data group, e.g. data=demo after `make demo`, or data=mock",
         )
     return list(dict.fromkeys(word for word in words if not _is_number(word)))
+
+
+def _words_of_blend(path: Path) -> list[str]:
+    """Weights and prefixes of every split in a file for ``--per-split-data-args-path``."""
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+        lists = [splits[split] or [] for split in ("train", "valid", "test")]
+        # Megatron takes a list of words, or a string of them.
+        split_up = [words.split() if isinstance(words, str) else words for words in lists]
+        return [str(word) for words in split_up for word in words]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"per_split_data_args_path: {path} cannot be read: {error!r}\n"
+            "  remedy:  prepare the data first (`uar corpus build`), or correct the path"
+        ) from error
 
 
 def _is_number(word: str) -> bool:
@@ -300,26 +373,14 @@ def _is_number(word: str) -> bool:
 
 
 def check_outputs(experiment: Experiment) -> None:
-    """Make the output folders and write a byte into each, so that a long run cannot end unsaved.
+    """Make sure that the output folders can be written to, before a long run needs them.
 
     Raises:
         ConfigError: a folder cannot be written to.
     """
     for field, folder in output_folders(experiment).items():
-        if folder is None:
-            continue
-        probe = Path(folder) / f".write_test.{os.getpid()}"
-        try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                field,
-                f"cannot write to {folder}: {error.strerror}",
-                allowed="a folder this user can create and write to",
-                remedy="choose another run.dir, or make the folder writable",
-            ) from error
+        if folder is not None:
+            check_writable(field, folder)
 
 
 def output_folders(experiment: Experiment) -> dict[str, str | None]:

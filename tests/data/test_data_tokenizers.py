@@ -7,11 +7,14 @@ import hashlib
 import json
 import shutil
 import string
+import sys
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -43,7 +46,7 @@ def from_megatron(encoder: Encoder) -> Any:
 
 def assert_agree(encoder: Encoder, megatron: Any, text: str) -> None:
     ids = list(encoder.encode(text))
-    assert ids == megatron.tokenize(text)
+    assert ids == megatron.tokenize(text) == list(encoder.encode_many(["a", text])[1])
     assert all(0 <= i < encoder.vocab_size for i in ids)
     assert (encoder.vocab_size, encoder.eod) == (megatron.vocab_size, megatron.eod)
 
@@ -202,3 +205,58 @@ def test_tiktoken_files_that_megatron_would_refuse(
         build_encoder(f"tiktoken:{path}")
     with pytest.raises(DataError, match=r"from \.json files only"):
         build_encoder(f"tiktoken:{path.rename(path.with_suffix('.tiktoken'))}")
+
+
+@pytest.fixture(scope="module")
+def fast(bpe: Path) -> tuple[Encoder, Encoder]:
+    """The same tokenizer through both libraries."""
+    pytest.importorskip("gigatoken", reason="pip install 'uar-megatron[fast]'")
+    return build_encoder(f"hf:{bpe}"), build_encoder(f"gigatoken:{bpe}")
+
+
+@given(texts=st.lists(st.lists(st.sampled_from(PIECES) | st.text()).map("".join)))
+@settings(deadline=None)
+def test_gigatoken_gives_the_ids_of_tokenizers(
+    fast: tuple[Encoder, Encoder], texts: list[str]
+) -> None:
+    plain, quick = fast
+    assert [list(ids) for ids in quick.encode_many(texts)] == plain.encode_many(texts)
+
+
+def test_gigatoken_is_the_same_tokenizer_under_another_name(fast: tuple[Encoder, Encoder]) -> None:
+    plain, quick = fast
+    assert (plain.name, quick.name) == ("hf:tokenizer", "gigatoken:tokenizer")
+    for field in ("vocab_size", "eod", "sha256", "megatron_args", "path"):
+        assert getattr(plain, field) == getattr(quick, field)
+
+
+def test_a_tokenizer_that_gigatoken_encodes_otherwise_is_refused(
+    fast: tuple[Encoder, Encoder], bpe: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save(str(tmp_path / "ends.json"))
+    with pytest.raises(DataError, match=r"gigatoken .*\n  remedy:  take hf:PATH"):
+        build_encoder(f"gigatoken:{tmp_path / 'ends.json'}")
+
+
+def test_gigatoken_asked_for_by_name_is_never_replaced(
+    bpe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(
+        DataError, match=r"not installed\n  remedy:  pip install 'uar-megatron\[fast"
+    ):
+        build_encoder(f"gigatoken:{bpe}")
+
+
+def test_gigatoken_is_watched_while_it_works(
+    fast: tuple[Encoder, Encoder], bpe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder(f"gigatoken:{bpe}")
+    engine = encoder._engine  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "_tokenizer", SimpleNamespace(encode=lambda text: np.array([1])))
+    with pytest.raises(DataError, match=r"other ids than tokenizers, for one for 'the fox'"):
+        encoder.encode_many(["the fox", "dog"])

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from jobs import train, warm_torchrun
+from jobs import UNSAVED, train, warm_torchrun
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -32,7 +32,12 @@ def test_training_where_experts_get_no_rows(tmp_path: Path) -> None:
     losses = train(
         2,
         tmp_path,
-        *("expert_model_parallel_size=2", "use_distributed_optimizer=true", "train_iters=6"),
+        *(
+            "expert_model_parallel_size=2",
+            "use_distributed_optimizer=true",
+            "train_iters=6",
+            *UNSAVED,
+        ),
         *("overlap_grad_reduce=true", "overlap_param_gather=true"),
         *("uar.policy=uar", "uar.budget.k_min=0", "uar.budget.k_max=1"),
         *("uar.budget.alpha=0.5", "uar.budget.beta=-0.2"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import train
+from jobs import UNSAVED, train
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -34,7 +34,7 @@ BUDGETS = {
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_losses_are_those_of_plain_torch(budget: str, tmp_path: Path) -> None:
     ranks, steps, options = BUDGETS[budget]
-    options = (*SMALL, *EVERYTHING, *options, f"train_iters={steps}")
+    options = (*SMALL, *EVERYTHING, *options, f"train_iters={steps}", *UNSAVED)
     expected = train(ranks, tmp_path / "torch", *options, "uar.kernel_backend=torch")
     found = train(ranks, tmp_path / "triton", *options, "uar.kernel_backend=triton")
     assert len(expected) == steps

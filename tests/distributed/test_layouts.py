@@ -6,10 +6,12 @@ steps on the same global batches as a single rank.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import losses, train
+from jobs import UNSAVED, losses, train
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -41,6 +43,17 @@ BUDGETS = {
         *("uar.budget.segment=16", *PER_SEQUENCE),
     ),
     "batch": ("uar.statistics.mode=batch", "micro_batch_size=4", *PER_SEQUENCE),
+    "top_p": ("uar.policy=top_p", "uar.top_p.p=0.5", "uar.top_p.entropy_coeff=0.01", *LOSSES),
+    "seq_topk": (
+        *("uar.policy=seq_topk", "uar.budget.segment=8", "uar.budget.target_mean_k=2.5"),
+        *PER_SEQUENCE,
+    ),
+    # λ is one for all layers, so all stages of a pipeline must agree on it.
+    "relu": (
+        *("uar.policy=relu", "uar.relu.initial_coeff=0.01", "uar.budget.target_mean_k=3"),
+        *("moe_router_pre_softmax=true", "moe_router_load_balancing_type=none"),
+        *("uar.bias.enabled=false", "uar.clb.enabled=false"),
+    ),
 }
 LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "DP4, distributed optimizer": ("mean", 4, ("use_distributed_optimizer=true",)),
@@ -62,6 +75,9 @@ LAYOUTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "bounded, TP2, micro-batch 1": ("bounded", 2, (*TP2, "micro_batch_size=1")),
     # The batch's own statistics are those of micro_batch_size × data-parallel ranks.
     "batch, EP2": ("batch", 2, (*EP2, "micro_batch_size=2")),
+    "top_p, TP2 × EP2": ("top_p", 4, (*TP2, *EP2)),
+    "seq_topk, TP2, EP2": ("seq_topk", 2, (*TP2, *EP2, "expert_tensor_parallel_size=1")),
+    "relu, PP2 × EP2": ("relu", 4, (*PP2, *EP2)),
 }
 FROM = ("no_load_optim=true", "no_load_rng=true", "train_iters=23")
 
@@ -75,32 +91,37 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(start: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def alone(start: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """For each budget the run of a single rank."""
-    folders = {}
-    for name, budget in BUDGETS.items():
-        folders[name] = tmp_path_factory.mktemp("alone")
-        train(1, folders[name], *MODEL, *budget, start, *FROM)
-    return folders
+
+    @functools.cache
+    def run_of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        train(1, folder, *MODEL, *BUDGETS[name], *UNSAVED, start, *FROM)
+        return folder
+
+    return run_of
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_changes_nothing(
-    layout: str, start: str, alone: dict[str, Path], tmp_path: Path
+    layout: str, start: str, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Losses to 1e-6, decisions exactly: k, expert loads, ω, bias, β, statistics, gradient norm."""
     budget, ranks, options = LAYOUTS[layout]
-    train(ranks, tmp_path, *MODEL, *BUDGETS[budget], start, *FROM, *options)
-    expected = read_run(alone[budget] / "run.jsonl").steps
+    train(ranks, tmp_path, *MODEL, *BUDGETS[budget], *UNSAVED, start, *FROM, *options)
+    expected = read_run(alone(budget) / "run.jsonl").steps
     found = read_run(tmp_path / "run.jsonl").steps
     assert [s.step for s in found] == [s.step for s in expected] == list(range(4, 24))
     for ours, single in zip(found, expected, strict=True):
         assert ours.loss == pytest.approx(single.loss, rel=1e-6)
         assert ours.grad_norm == pytest.approx(single.grad_norm, rel=1e-5)
+        assert (ours.flops, ours.flops_ratio) == (single.flops, single.flops_ratio)
         for a, b in zip(ours.layers, single.layers, strict=True):
             assert (a.layer, a.k_histogram, a.load) == (b.layer, b.k_histogram, b.load), ours.step
             assert (a.trimmed, a.rows, a.bias_max_abs) == (b.trimmed, b.rows, b.bias_max_abs)
-            for name in ("beta", "omega_mean", "zscore_std", "energy_mean", "entropy_mean"):
+            assert a.policy == pytest.approx(b.policy, rel=1e-5)
+            for name in ("omega_mean", "zscore_std", "energy_mean", "entropy_mean"):
                 value = getattr(b, name)
                 if value is not None:
                     assert getattr(a, name) == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -108,6 +129,14 @@ def test_the_layout_changes_nothing(
                 assert a.balancing_loss[loss] == pytest.approx(value, rel=1e-5)
     if budget == "exact":
         assert all(len({layer.k_eff for layer in s.layers} | {2.0}) == 1 for s in found)
+    if budget == "seq_topk":
+        assert all({layer.k_eff for layer in s.layers} == {2.5} for s in found)
+    if budget == "relu":
+        coeffs = [{layer.policy["l1_coeff"] for layer in s.layers} for s in found]
+        assert all(len(c) == 1 for c in coeffs)
+        assert len(set.union(*coeffs)) > 3
+    if budget in ("top_p", "relu"):
+        assert all(layer.balancing_loss["policy_loss"] > 0 for s in found for layer in s.layers)
     if budget == "bounded":
         assert any(layer.trimmed > 0 for s in found for layer in s.layers)
 
@@ -146,17 +175,25 @@ def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
         assert [layer.load for layer in a.layers] == [layer.load for layer in b.layers], a.step
 
 
-def test_a_pipeline_stage_without_moe_layers(tmp_path: Path) -> None:
-    """Every rank takes part in the log's reduction, whether it has routers or not."""
+@pytest.mark.parametrize("policy", ["uar", "relu"])
+def test_a_pipeline_stage_without_moe_layers(policy: str, tmp_path: Path) -> None:
+    """Every rank takes part in the reductions of log and λ, whether it has routers or not."""
+    options = BUDGETS["relu"] if policy == "relu" else ("uar.policy=uar", "uar.bias.enabled=true")
     losses = train(
         2,
         tmp_path,
         *("pipeline_model_parallel_size=2", "num_layers=2", 'moe_layer_freq="[0,1]"'),
-        *("uar.policy=uar", "uar.bias.enabled=true", "train_iters=5"),
+        *(*options, "train_iters=5", *UNSAVED),
     )
     assert losses[5] < losses[1]
+    expected = 0.01
     for step in read_run(tmp_path / "run.jsonl").steps:
         (metrics,) = step.layers
         assert metrics.layer == 2
         assert metrics.tokens == 8 * 32
-        assert metrics.bias_max_abs is not None
+        if policy == "relu":
+            coeff, active = metrics.policy["l1_coeff"], metrics.k_eff
+            expected *= 1.2 ** ((active > 3) - (active < 3))
+            assert coeff == pytest.approx(expected, rel=1e-9)
+        else:
+            assert metrics.bias_max_abs is not None

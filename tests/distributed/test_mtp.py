@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import train, train_stock
+from jobs import UNSAVED, train, train_stock
 
 from uar_megatron.reporting.runlog import read_run
 
@@ -16,6 +16,7 @@ MTP = (
     "train_iters=6",
     "calculate_per_token_loss=true",
     "moe_z_loss_coeff=0.01",
+    *UNSAVED,
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import train, train_stock
+from jobs import UNSAVED, train, train_stock
 
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
-    1: [],
+    1: [*UNSAVED],
     # Everything of Megatron's that has a say in routing, at once.
     2: [
         "expert_model_parallel_size=2",
@@ -22,6 +22,7 @@ LAYOUTS = {
         "moe_router_group_topk=2",
         "moe_z_loss_coeff=0.001",
         "moe_expert_capacity_factor=1.5",
+        *UNSAVED,
     ],
 }
 OFF = {

@@ -12,9 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from uar_megatron.data.bpe import train_bpe
 from uar_megatron.data.build import build_dataset
-from uar_megatron.reporting.plots import write_figures
+from uar_megatron.reporting.report import write_report
 from uar_megatron.reporting.runlog import read_run
-from uar_megatron.reporting.summary import write_summary
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +74,7 @@ def test_from_text_to_figures(tmp_path: Path) -> None:
     assert (run_dir / "config.yaml").read_text() == (
         run_dir / "checkpoints" / "config.yaml"
     ).read_text()
-    write_figures(run, run_dir / "figures")
-    write_summary(run, run_dir)
+    write_report([run_dir])
+    assert (run_dir / "report.html").stat().st_size > 50_000
+    assert (run_dir / "figures" / "overview.png").exists()
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12

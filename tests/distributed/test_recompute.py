@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import train
+from jobs import UNSAVED, train
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ BUDGETS = {
 def test_losses_are_the_same(budget: str, tmp_path: Path) -> None:
     options = (
         *("routing=uar_ae", "uar.clb.enabled=true", "uar.bias.enabled=true", "train_iters=6"),
-        *BUDGETS[budget],
+        *(*BUDGETS[budget], *UNSAVED),
     )
     plain = train(2, tmp_path / "plain", *options)
     assert len(plain) == 6

@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import environment, kill_job, losses, torchrun_command, train, train_arguments
+from jobs import (
+    checkpoint_tensors,
+    environment,
+    kill_job,
+    losses,
+    torchrun_command,
+    train,
+    train_arguments,
+)
+
+from uar_megatron.reporting.runlog import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +55,42 @@ def test_kill_and_resume_equals_a_straight_run(layout: str, tmp_path: Path) -> N
     assert train(nproc, killed, *EVERYTHING, *options) == straight
     starts = (killed / "run.jsonl").read_text().count('"kind":"start"')
     assert starts == 2
+
+
+def test_the_coefficient_of_relu_resumes(tmp_path: Path) -> None:
+    """λ on two pipeline stages, stopped and started again, is that of a straight run."""
+    options = (
+        *("uar.policy=relu", "uar.relu.initial_coeff=0.01", "uar.budget.target_mean_k=3"),
+        *("moe_router_pre_softmax=true", "moe_router_load_balancing_type=none"),
+        *("num_layers=4", 'moe_layer_freq="[0]+[1]*3"', "pipeline_model_parallel_size=2"),
+        *("train_iters=10", "save_interval=5", "hidden_dropout=0.1"),
+    )
+    straight = train(2, tmp_path / "straight", *options)
+    train(2, tmp_path / "stopped", *options, "exit_interval=5")
+    assert train(2, tmp_path / "stopped", *options) == straight
+    logs = [read_run(tmp_path / name / "run.jsonl").steps for name in ("straight", "stopped")]
+    coeffs = [[{layer.policy["l1_coeff"] for layer in s.layers} for s in steps] for steps in logs]
+    assert coeffs[0] == coeffs[1]
+    assert all(len(coeff) == 1 for coeff in coeffs[0])
+    assert len(set.union(*coeffs[0])) > 3
+    saved = checkpoint_tensors(tmp_path / "stopped", 10)
+    lambdas = {float(v) for name, v in saved.items() if name.endswith("uar_policy.coeff")}
+    assert len(lambdas) == 1
+
+
+def test_a_run_killed_after_its_last_checkpoint_gets_finished(tmp_path: Path) -> None:
+    """No step is left, and without evaluations nothing else is ever logged."""
+    options = ("train_iters=3", "eval_iters=0")
+    straight = train(1, tmp_path, *options)
+    log = tmp_path / "run.jsonl"
+    *lines, end = log.read_text().splitlines(keepends=True)
+    assert '"finished"' in end
+    log.write_text("".join(lines))
+    assert train(1, tmp_path, *options) == straight
+    run = read_run(log)
+    assert [start.step for start in run.starts] == [0, 3]
+    assert run.end is not None
+    assert (run.end.step, run.end.reason) == (3, "finished")
 
 
 def kill_after(step: int, nproc: int, run_dir: Path, *overrides: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from jobs import (
     environment,
@@ -25,8 +26,10 @@ AE = ("routing=uar_ae",)
 
 
 def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
+    """Sent to every process of the job, as batch systems do, after a first checkpoint."""
     run_dir = tmp_path / "run"
     options = (*AE, "train_iters=500", "lr_decay_iters=20", "uar.budget.mode=mean")
+    options += ("save_interval=3",)
     log = tmp_path / "log"
     with (
         log.open("w") as stream,
@@ -38,7 +41,8 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
         ) as job,
     ):
         _wait_for_steps(run_dir / "run.jsonl", 4)
-        job.send_signal(signal.SIGTERM)
+        for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
+            process.send_signal(signal.SIGTERM)
         job.wait(timeout=60)
     assert job.returncode != 0
     run = read_run(run_dir / "run.jsonl")
@@ -57,7 +61,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
 
 
 def _wait_for_steps(log: Path, steps: int) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if log.exists() and len(read_run(log).steps) >= steps:
             return
         time.sleep(0.1)

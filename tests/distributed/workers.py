@@ -30,6 +30,7 @@ from moe_cases import (  # noqa: E402
 from uar_megatron.config import UARConfig  # noqa: E402
 from uar_megatron.errors import ConfigError, TrainingError  # noqa: E402
 from uar_megatron.mcore.guard import ConsistencyGuard, check_same_section  # noqa: E402
+from uar_megatron.mcore.meters import UARMeter  # noqa: E402
 from uar_megatron.mcore.step import commit  # noqa: E402
 from uar_megatron.mcore.tracker import RoutingTracker  # noqa: E402
 
@@ -216,9 +217,10 @@ def expert_parallel_rows() -> None:
             layer.router.weight.mul_(20)
         records: list[dict] = []
         tracker = RoutingTracker(
-            [layer.router],
+            [UARMeter(layer.router)],
             2,
             8,
+            policy_values=(),
             log_interval=3,
             tokens_per_step=functools.partial(sum, tokens),
             emit=records.append,
@@ -288,7 +290,7 @@ def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker, tokens: i
                 "learning_rate": 0.1,
                 "is_first_iteration": False,
             },
-            seconds=0.1 * step,
+            seconds=lambda step=step: 0.1 * step,
         )
         dist.all_reduce = original
     return counts

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 REPORT = Path("kernels/report.json")
 PERMUTATION = ("permute", "permute backward", "unpermute", "unpermute backward")
@@ -90,6 +91,8 @@ def test_no_target_is_left_out(report: dict[str, Any]) -> None:
 def test_no_kernel_has_got_worse(repository: Path) -> None:
     check = run_report(repository, "--check")
     assert check.returncode == 0, check.stdout + check.stderr
+    if "NOT compared" in check.stdout:
+        pytest.skip(check.stdout.splitlines()[0])
 
 
 @pytest.mark.slow
@@ -97,6 +100,7 @@ def test_check_names_what_is_worse_missing_or_new(
     repository: Path, report: dict[str, Any], tmp_path: Path
 ) -> None:
     permute, unpermute = (f"{name}: bf16, H=1024, K=8" for name in ("permute", "unpermute"))
+    report["triton"] = triton.__version__
     report["code"][permute]["registers"] *= 0.9
     # A better share is a higher one.
     report["code"][permute]["rows_128bit_share"] = 2

@@ -16,11 +16,12 @@ from uar_megatron.policies import RouterSettings
 from uar_megatron.policies.scores import route_variable_k
 from uar_megatron.uncertainty import UncertaintyStatistics
 
+# Score function and the kernels' rule -> moe_router_pre_softmax and uar.weights.
 RULES = {
-    ("softmax", "as_they_are"): {"use_pre_softmax": True, "weights": "megatron"},
-    ("softmax", "softmax_after"): {"use_pre_softmax": False, "weights": "megatron"},
-    ("sigmoid", "as_they_are"): {"use_pre_softmax": False, "weights": "megatron"},
-    ("sigmoid", "renormalised"): {"use_pre_softmax": False, "weights": "renormalised"},
+    ("softmax", "as_they_are"): (True, "megatron"),
+    ("softmax", "softmax_after"): (False, "megatron"),
+    ("sigmoid", "as_they_are"): (False, "megatron"),
+    ("sigmoid", "renormalised"): (False, "renormalised"),
 }
 
 
@@ -49,7 +50,7 @@ def test_is_the_products_definition(
     product_TE = logits_TE.clone().requires_grad_()
     uncertainty = statistics.measure(product_TE.detach(), valid_T)
     k_T = free_budget(uncertainty.zscore_T, 1.3, 2.0, (0, width), "floor")
-    decision = route_variable_k(product_TE, k_T, width, bias_E, settings_of(function, RULES[rule]))
+    decision = route_variable_k(product_TE, k_T, width, bias_E, settings_of(function, *RULES[rule]))
     omega_T = epistemic_weight(uncertainty, 0.2, clb) * valid_T
     _, scores_TE = compute_routing_scores_for_aux_loss(
         product_TE, 2, function, padding_mask=~valid_T
@@ -88,12 +89,11 @@ def test_is_the_products_definition(
     torch.testing.assert_close(own_TE.grad, product_TE.grad)
 
 
-def settings_of(function: str, rule: dict) -> RouterSettings:
-    uar = UARConfig()
+def settings_of(function: str, pre_softmax: bool, weights: str) -> RouterSettings:
     return RouterSettings(
-        num_experts=8, topk=2, score_function=function, scaling_factor=1.5,
-        num_groups=None, group_topk=None, fixed_topk=None, budget=None,
-        expansion=uar.expansion, device=torch.device("cpu"), **rule,
+        num_experts=8, topk=2, score_function=function, use_pre_softmax=pre_softmax,
+        scaling_factor=1.5, num_groups=None, group_topk=None, num_moe_layers=1,
+        uar=UARConfig(weights=weights), fixed_topk=None, budget=None, device="cpu",
     )  # fmt: skip
 
 

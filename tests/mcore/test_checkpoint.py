@@ -239,7 +239,7 @@ def test_whatever_goes_wrong_every_rank_hears_of_it(
     load: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Any] = []
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
     monkeypatch.setattr(
         torch.distributed, "broadcast_object_list", lambda verdict, src: said.append(verdict[0])
     )

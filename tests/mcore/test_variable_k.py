@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -155,13 +156,16 @@ def test_all_tokens_to_one_expert() -> None:
 
 
 CLB = {"enabled": True, "start_step": 1, "warmup_steps": 4}
+# Policies that leave balancing to auxiliary losses; top_p without a loss of its own.
+BALANCED = ("topk", "uar", "top_p", "seq_topk")
+NO_ENTROPY = {"top_p": {"p": 0.7, "entropy_coeff": 0.0}}
 
 
-@pytest.mark.parametrize("policy", ["topk", "uar"])
+@pytest.mark.parametrize("policy", BALANCED)
 @pytest.mark.parametrize("masked", [True, False])
 def test_masked_loss_is_equation_6(policy: str, masked: bool) -> None:
     """Value and gradient of the loss that reaches Megatron, against autograd in float64."""
-    uar = {**AE, "policy": policy, "clb": {**CLB, "start_step": 1 if masked else 99}}
+    uar = {**AE, **NO_ENTROPY, "policy": policy, "clb": {**CLB, "start_step": 1 if masked else 99}}
     layer = layer_with_statistics(uar, moe_aux_loss_coeff=0.5)
     router = layer.router
     inputs = hidden_states(30, seed=4)
@@ -282,12 +286,12 @@ def losses_by_hand(layer: UARMoELayer, batches: list[torch.Tensor], masked: bool
     return weight.grad
 
 
-@pytest.mark.parametrize("policy", ["topk", "uar"])
+@pytest.mark.parametrize("policy", BALANCED)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_all_losses_at_once(policy: str, masked: bool, per_token: bool) -> None:
     """Gradients of two micro-batches against autograd in float64; Megatron's scales apply."""
-    uar = {**AE, "policy": policy, "clb": {**CLB, "start_step": 1 if masked else 99}}
+    uar = {**AE, **NO_ENTROPY, "policy": policy, "clb": {**CLB, "start_step": 1 if masked else 99}}
     layer = layer_with_statistics(
         uar,
         moe_router_load_balancing_type=list(LOSS_TYPES),
@@ -586,16 +590,15 @@ def test_megatrons_expert_bias_selects_among_any_k() -> None:
 def test_depth_schedule_reaches_the_layers() -> None:
     config = transformer_config(num_layers=4, moe_layer_freq=[0, 1, 1, 1])
     uar = {"policy": "uar", "budget": {"beta": {"shape": "ascending", "low": 1.5, "high": 3.5}}}
-    block = with_uar_routers(
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False),
-        UARConfig.model_validate(uar),
-    )
-    betas = []
-    for number, spec in enumerate(block.layer_specs, start=1):
-        if spec.submodules.mlp.func is UARMoELayer:
-            layer = spec.submodules.mlp(config=config, layer_number=number)
-            betas.append(layer.router.policy.budget.budget.beta)
-    assert betas == [1.5, 2.5, 3.5]
+    stock = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    last_stage = dataclasses.replace(stock, layer_specs=stock.layer_specs[2:])
+    for block, first, expected in ((stock, 1, [1.5, 2.5, 3.5]), (last_stage, 3, [2.5, 3.5])):
+        betas = []
+        for spec in with_uar_routers(block, UARConfig.model_validate(uar), first).layer_specs:
+            if spec.submodules.mlp.func is UARMoELayer:
+                layer = spec.submodules.mlp(config=config)  # Megatron names no number here
+                betas.append(layer.router.policy.budget.budget.beta)
+        assert betas == expected
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uar_megatron.config import BudgetConfig, ExpansionConfig
+from uar_megatron.config import BudgetConfig, UARConfig
 from uar_megatron.policies import RouterSettings
 from uar_megatron.policies.scores import route_variable_k
 
@@ -38,7 +38,7 @@ def reference(
     order = sorted(allowed, key=lambda e: (-ranking[e], e))
     chosen = order[:k]
     total = sum(scores[e] for e in chosen)
-    rule = settings.weights
+    rule = settings.uar.weights
     if rule == "megatron":
         if settings.score_function == "softmax":
             rule = "softmax_all" if settings.use_pre_softmax else "renormalised"
@@ -95,10 +95,10 @@ def test_equals_the_reference(
         scaling_factor=scaling_factor,
         num_groups=4 if grouped else None,
         group_topk=2 if grouped else None,
-        weights=weights,
+        num_moe_layers=1,
+        uar=UARConfig.model_validate({"weights": weights}),
         fixed_topk=lambda logits, k: (logits, logits.bool()),
         budget=budget,
-        expansion=ExpansionConfig(),
         device="cpu",
     )
     logits = rng.normal(size=(tokens, experts)) * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -11,7 +12,9 @@ import pytest
 from records import start, step, validation
 
 from uar_megatron.errors import UARError
-from uar_megatron.reporting.runlog import RunLogWriter, read_run
+from uar_megatron.reporting.runlog import Run, RunLogWriter, read_run
+from uar_megatron.reporting.sinks import console_line, scalars
+from uar_megatron.reporting.summary import summarise
 
 
 def write(path: Path, *records: object) -> Path:
@@ -104,3 +107,18 @@ def test_fields_of_a_newer_minor_version_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(step(1).to_line().replace('"step":1', '"mood":"good","step":1'))
     assert read_run(path).steps[0].step == 1
+
+
+def test_logs_from_before_flops_were_counted_can_be_read(tmp_path: Path) -> None:
+    new = ("tokens_per_step", "flops", "flops_ratio", "throughput")
+    record = step(1).model_dump(by_alias=True, exclude={*new})
+    for layer in record["layers"]:
+        del layer["flops"], layer["flops_ratio"]
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    (old,) = read_run(path).steps
+    assert [getattr(old, name) for name in new] == [None] * 4
+    assert (old.layers[0].flops, old.layers[0].flops_ratio) == (None, None)
+    assert console_line(old).endswith("0.1k tok/s")
+    assert not any("flops" in name for name in scalars(old))
+    assert summarise(Run(steps=[old]))["flops_ratio_late"] is None

@@ -1,36 +1,29 @@
 """Text to Megatron ``.bin/.idx``: tokenize in parallel, write atomically, read back, describe."""
 
-import json
-import os
-import signal
-import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from uar_megatron.data.check import check_dataset
+from uar_megatron.data.encoding import Encoded, batches, encode_documents
+from uar_megatron.data.files import publish_dataset, write_json
+from uar_megatron.data.progress import progress_bar
+from uar_megatron.data.readback import read_back
 from uar_megatron.data.readers import DocumentReader
+from uar_megatron.data.sidecar import sidecar
 from uar_megatron.data.tokenizers import Encoder, build_encoder
+from uar_megatron.data.workers import worker_pool
 from uar_megatron.errors import DataError
 
-# One batch is what a worker gets at once: large enough to hide the hand-over, small enough that
-# a few in flight per worker cost little memory.
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 1024
 _IN_FLIGHT_PER_WORKER = 4
 
 
@@ -50,16 +43,6 @@ class DatasetSummary:
     megatron_args: tuple[str, ...]
     note: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """One tokenized batch: the ids of its documents end to end."""
-
-    ids: np.ndarray
-    lengths: list[int]
-    empty: int
-    text_bytes: int
 
 
 def build_dataset(
@@ -104,13 +87,15 @@ def build_dataset(
         ) as folder:
             draft = Path(folder) / prefix.name
             job = _Job(encoder_spec, workers, append_eod)
-            with _progress_bar(progress) as bar:
+            with progress_bar(progress) as bar:
                 totals = _write(job, encoder, reader, draft, bar)
-            _verify(draft, encoder, totals, append_eod)
-            sidecar = _sidecar(prefix, encoder, reader, totals, append_eod)
-            _write_json(Path(f"{draft}.json"), sidecar)
+            eod = encoder.eod if append_eod else None
+            read_back(draft, totals.documents, totals.tokens, encoder.vocab_size, eod)
+            files = [(path, path.stat().st_size) for path in reader.files]
+            content = sidecar(prefix, encoder, files, totals, append_eod)
+            write_json(Path(f"{draft}.json"), content)
             check_dataset(draft, encoder.vocab_size)
-            _publish(draft, prefix)
+            publish_dataset(draft, prefix)
     except OSError as error:
         raise DataError(f"dataset {prefix}: cannot be written: {error}") from error
     return DatasetSummary(
@@ -156,7 +141,7 @@ def _write(
     task = bar.add_task("tokenizing", total=reader.bytes_total, documents=0, tokens=0)
     builder = indexed_dataset.IndexedDatasetBuilder(f"{draft}.bin", dtype=dtype)
     try:
-        for encoded in _encoded_batches(job, encoder, _batches(reader)):
+        for encoded in _encoded_batches(job, encoder, batches(reader)):
             start = 0
             for length in encoded.lengths:
                 builder.add_document(encoded.ids[start : start + length], [length])
@@ -173,53 +158,28 @@ def _write(
     return totals
 
 
-def _count(totals: _Totals, encoded: _Encoded, bar: Progress, task: TaskID, read: int) -> None:
+def _count(totals: _Totals, encoded: Encoded, bar: Progress, task: TaskID, read: int) -> None:
     totals.documents += len(encoded.lengths)
     totals.tokens += len(encoded.ids)
     totals.empty += encoded.empty
-    totals.text_bytes += encoded.text_bytes
+    totals.text_bytes += sum(encoded.sizes)
     bar.update(task, completed=read, documents=totals.documents, tokens=totals.tokens)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded_batches(
-    job: _Job, encoder: Encoder, batches: Iterator[list[str]]
-) -> Iterator[_Encoded]:
+def _encoded_batches(job: _Job, encoder: Encoder, groups: Iterator[list[str]]) -> Iterator[Encoded]:
     """Tokenize batches and yield them in the order they came, whatever order they finish in."""
     if job.workers == 1:
-        for batch in batches:
-            yield _encode(encoder, batch, job.append_eod)
+        for batch in groups:
+            yield encode_documents(encoder, batch, job.append_eod)
         return
-    # spawn: a fork would copy whatever threads and locks this process happens to hold.
-    pool = ProcessPoolExecutor(
-        job.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)
-    )
-    pending: deque[Future[_Encoded]] = deque()
-    try:
-        for batch in batches:
+    pending: deque[Future[Encoded]] = deque()
+    with worker_pool(job.workers, _start_worker, job) as pool:
+        for batch in groups:
             pending.append(pool.submit(_encode_in_worker, batch))
             if len(pending) >= _IN_FLIGHT_PER_WORKER * job.workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenizing process died (out of memory?)\n  remedy:  use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker_encoder: Encoder
@@ -228,119 +188,11 @@ _worker_job: _Job
 
 def _start_worker(job: _Job) -> None:
     global _worker_encoder, _worker_job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_encoder, _worker_job = build_encoder(job.encoder_spec), job
 
 
-def _exit_with_parent() -> None:
-    """Without this, workers of a parent that was killed with SIGKILL would wait for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: list[str]) -> _Encoded:
-    return _encode(_worker_encoder, batch, _worker_job.append_eod)
-
-
-def _encode(encoder: Encoder, batch: list[str], append_eod: bool) -> _Encoded:
-    parts: list[np.ndarray] = []
-    text_bytes = 0
-    for text in batch:
-        ids = np.asarray(encoder.encode(text) if text.strip() else [], dtype=np.int32)
-        if ids.size == 0:
-            continue
-        # Some tokenizers end every text themselves; one end is enough.
-        if append_eod and ids[-1] != encoder.eod:
-            ids = np.append(ids, np.int32(encoder.eod))
-        parts.append(ids)
-        text_bytes += len(text.encode("utf-8"))
-    all_ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    if all_ids.size and not 0 <= all_ids.min() <= all_ids.max() < encoder.vocab_size:
-        raise DataError(
-            f"tokenizer {encoder.name}: gives ids from {all_ids.min()} to {all_ids.max()}, outside "
-            f"its own vocabulary of {encoder.vocab_size}"
-        )
-    return _Encoded(all_ids, [len(ids) for ids in parts], len(batch) - len(parts), text_bytes)
-
-
-def _verify(draft: Path, encoder: Encoder, totals: _Totals, append_eod: bool) -> None:
-    """Read the dataset back as Megatron will and compare it with what was meant to be written."""
-    indexed_dataset = _import_indexed_dataset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about there being no rank, outside torch.distributed
-        dataset = indexed_dataset.IndexedDataset(str(draft))
-    lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
-    documents = len(dataset.document_indices) - 1
-    ids = dataset.bin_reader.read(dtype=dataset.index.dtype, count=int(lengths.sum()), offset=0)
-    low, high = int(ids.min()), int(ids.max())
-    ended = bool(np.all(ids[np.cumsum(lengths) - 1] == encoder.eod))
-    del ids  # a view of the mapped file, which must go before the dataset closes it
-    if (documents, int(lengths.sum())) != (totals.documents, totals.tokens):
-        raise DataError(
-            f"dataset {draft.name}: reading it back gives {documents} documents and "
-            f"{lengths.sum()} tokens, {totals.documents} and {totals.tokens} were written"
-        )
-    if low < 0 or high >= encoder.vocab_size:
-        raise DataError(f"dataset {draft.name}: reading it back gives ids from {low} to {high}")
-    if append_eod and not ended:
-        raise DataError(f"dataset {draft.name}: a document read back does not end with its end id")
-
-
-def _sidecar(
-    prefix: Path, encoder: Encoder, reader: DocumentReader, totals: _Totals, append_eod: bool
-) -> dict[str, Any]:
-    """Paths are relative to the sidecar, so that a corpus folder can be moved as a whole."""
-
-    def relative(path: Path) -> str:
-        return os.path.relpath(path, prefix.parent)
-
-    return {
-        "tokenizer": {
-            "name": encoder.name,
-            "path": relative(encoder.path) if encoder.path else None,
-            "sha256": encoder.sha256,
-        },
-        "vocab_size": encoder.vocab_size,
-        "eod": encoder.eod,
-        "append_eod": append_eod,
-        "dtype": totals.dtype,
-        "documents": totals.documents,
-        "tokens": totals.tokens,
-        "empty_documents": totals.empty,
-        "text_bytes": totals.text_bytes,
-        "sources": [{"path": relative(f), "bytes": f.stat().st_size} for f in reader.files],
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _publish(draft: Path, prefix: Path) -> None:
-    """Move the files to their names, the index last: without an index there is no dataset."""
-    suffixes = (".bin", ".json", ".idx")
-    for suffix in suffixes:
-        _fsync(Path(f"{draft}{suffix}"))
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    try:
-        for suffix in suffixes:
-            Path(f"{draft}{suffix}").replace(f"{prefix}{suffix}")
-        _fsync(prefix.parent)
-    except BaseException:
-        for suffix in suffixes:
-            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _encode_in_worker(batch: list[str]) -> Encoded:
+    return encode_documents(_worker_encoder, batch, _worker_job.append_eod)
 
 
 def _import_indexed_dataset() -> ModuleType:
@@ -349,15 +201,3 @@ def _import_indexed_dataset() -> ModuleType:
         warnings.simplefilter("ignore")  # about Transformer Engine and Apex, not needed here
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset  # type: ignore[no-any-return]
-
-
-def _progress_bar(wanted: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%  {task.fields[documents]:,} documents"),
-        TextColumn("{task.fields[tokens]:,} tokens"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not (wanted and sys.stderr.isatty()),
-    )

@@ -5,20 +5,15 @@ errors say what is wrong where Megatron's reader would fail an assertion or read
 """
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from uar_megatron.data.index_file import DTYPES, HEADER, MAGIC
 from uar_megatron.errors import DataError
 
-# The .idx layout of megatron.core.datasets.indexed_dataset: magic, version, type code,
-# number of sequences, number of documents + 1; then three arrays.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _BLOCK = 1 << 20  # sequences looked at together, to bound memory
 _REMEDY = "\n  remedy:  build it again with `uar data` (or scripts/prepare_data.py)"
 
@@ -113,29 +108,29 @@ def _read_index(path: Path) -> tuple[str, int, np.ndarray]:
         return DataError(f"{path}: corrupt index: {why}{_REMEDY}")
 
     size = path.stat().st_size
-    if size < _HEADER.size:
+    if size < HEADER.size:
         raise corrupt(f"{size} bytes, too short for a header")
     with path.open("rb") as stream:
-        magic, version, code, sequences, bounds = _HEADER.unpack(stream.read(_HEADER.size))
-    if magic != _MAGIC:
+        magic, version, code, sequences, bounds = HEADER.unpack(stream.read(HEADER.size))
+    if magic != MAGIC:
         raise corrupt("it does not begin as a Megatron index")
     if version != 1:
         raise corrupt(f"version {version}, only 1 is known")
-    if code not in _DTYPES:
+    if code not in DTYPES:
         raise corrupt(f"type code {code} is not an integer type")
-    expected = _HEADER.size + 12 * sequences + 8 * bounds
+    expected = HEADER.size + 12 * sequences + 8 * bounds
     if size not in (expected, expected + sequences):  # multimodal data has one more byte each
         raise corrupt(f"{size} bytes where its header asks for {expected}")
     if sequences == 0 or bounds == 0:
         raise corrupt("it holds no documents")
 
     buffer = np.memmap(path, mode="r")
-    lengths = np.frombuffer(buffer, np.int32, sequences, _HEADER.size)
-    offset = _HEADER.size + lengths.nbytes
+    lengths = np.frombuffer(buffer, np.int32, sequences, HEADER.size)
+    offset = HEADER.size + lengths.nbytes
     pointers = np.frombuffer(buffer, np.int64, sequences, offset)
     document_ends = np.frombuffer(buffer, np.int64, bounds, offset + pointers.nbytes)
 
-    itemsize = np.dtype(_DTYPES[code]).itemsize
+    itemsize = np.dtype(DTYPES[code]).itemsize
     start = 0
     for low in range(0, sequences, _BLOCK):
         block = lengths[low : low + _BLOCK]
@@ -150,7 +145,7 @@ def _read_index(path: Path) -> tuple[str, int, np.ndarray]:
         raise corrupt("document bounds that do not cover the sequences")
     if np.any(np.diff(document_ends) < 0):
         raise corrupt("document bounds out of order")
-    return _DTYPES[code], bounds - 1, lengths
+    return DTYPES[code], bounds - 1, lengths
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ class DocumentReader:
         for path in self.files:
             try:
                 with path.open("rb", buffering=0) as raw:
-                    for text in self._documents(path, raw):
+                    for text in read_documents(path, raw, self._json_field, self._separator):
                         self.bytes_read = done + raw.tell()
                         yield text
                 done += path.stat().st_size
@@ -71,20 +71,37 @@ class DocumentReader:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error}") from error
 
-    def _documents(self, path: Path, raw: io.FileIO) -> Iterator[str]:
-        stream = _decompressed(path, raw)
-        if _bare_suffix(path) in JSON_SUFFIXES:
-            yield from _json_lines(path, stream, self._json_field)
-            return
-        text = _whole_text(path, stream)
-        if self._separator is None:
-            yield text
-        else:
-            yield from text.split(self._separator)
+
+def read_documents(
+    path: Path, raw: io.RawIOBase, json_field: str = "text", separator: str | None = None
+) -> Iterator[str]:
+    """The documents of one file.
+
+    Args:
+        path: names the file, whose suffixes say what it is.
+        raw: its bytes, read to their end.
+        json_field, separator: as for :class:`DocumentReader`.
+
+    Raises:
+        DataError: naming the file and the line or offset of a defect.
+    """
+    stream = _decompressed(path, raw)
+    if _bare_suffix(path) in JSON_SUFFIXES:
+        yield from _json_lines(path, stream, json_field)
+        return
+    text = _whole_text(path, stream)
+    if separator is None:
+        yield text
+    else:
+        yield from text.split(separator)
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each real file once.
+
+    Args:
+        inputs: what to look for.
+        suffix: of the files taken from folders; ``None`` takes text and JSON lines.
 
     Raises:
         DataError: an input does not exist or yields no file.
@@ -98,10 +115,11 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]
             if not matches:
                 raise DataError(f"{given}: no such file, folder or match for the pattern")
-        files = [file for match in matches for file in _files_below(match)]
+        files = [file for match in matches for file in _files_below(match, suffix)]
         if not files:
             known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES[:2]))
-            raise DataError(f"{given}: holds no text ({known}; each also with .gz or .zst)")
+            wanted = suffix or f"text ({known}; each also with .gz or .zst)"
+            raise DataError(f"{given}: holds no {wanted}")
         for file in files:
             found.setdefault(file.resolve(), file)
     if not found:
@@ -109,16 +127,19 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def _files_below(path: Path) -> list[Path]:
+def _files_below(path: Path, suffix: str | None) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = (p for p in path.rglob("*") if p.is_file() and _is_corpus_file(p.relative_to(path)))
-    return sorted(files)
+    return sorted(
+        p for p in path.rglob("*") if p.is_file() and _is_corpus_file(p.relative_to(path), suffix)
+    )
 
 
-def _is_corpus_file(path: Path) -> bool:
+def _is_corpus_file(path: Path, suffix: str | None) -> bool:
     if any(part.startswith(".") for part in path.parts):
         return False
+    if suffix is not None:
+        return path.suffix == suffix
     # A lone .json in a folder is more often metadata (our own sidecar for one) than JSON lines.
     return path.suffix != ".json" and _bare_suffix(path) in (*TEXT_SUFFIXES, *JSON_SUFFIXES)
 
@@ -194,7 +215,7 @@ def _text_of_line(line: bytes, number: int, where: str, field: str) -> str | Non
     return text
 
 
-def _decompressed(path: Path, raw: io.FileIO) -> BinaryIO:
+def _decompressed(path: Path, raw: io.RawIOBase) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if path.suffix == ".zst":
@@ -219,7 +240,7 @@ def _damaged(path: Path, where: str, error: Exception) -> DataError:
 class _ZstdStream(io.RawIOBase):
     """Decompresses zstd frames and, unlike ``zstandard``'s own reader, notices a truncated one."""
 
-    def __init__(self, raw: io.FileIO) -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
         self._frame: Any = None
         self._unread = b""  # compressed

@@ -54,6 +54,15 @@ def to_argv(megatron: Mapping[str, Any]) -> list[str]:
     return argv
 
 
+def destination(key: str) -> str:
+    """The Megatron argument that a key sets, by its destination.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return str(_actions(key, key.replace("-", "_"))[0].dest)
+
+
 @functools.cache
 def _index() -> tuple[dict[str, list[argparse.Action]], dict[str, argparse.Action]]:
     """Actions by destination, and by option name."""

@@ -355,6 +355,14 @@ def _common_state_problem(folder: Path, metadata: Metadata) -> str | None:
     return None
 
 
+def saved_arguments(folder: Path) -> argparse.Namespace | None:
+    """Return the arguments of the run that saved a ``torch_dist`` checkpoint, if it has them."""
+    args: argparse.Namespace | None = None
+    if (folder / ".metadata").exists():
+        args = _common_state(folder, read_metadata(folder / ".metadata")).get("args")
+    return args
+
+
 def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     """Everything in a ``torch_dist`` checkpoint that is no tensor; ``{}`` for other formats."""
     part = metadata.storage_data.get(MetadataIndex(_COMMON_STATE))

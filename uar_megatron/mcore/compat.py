@@ -58,6 +58,17 @@ from megatron.core.datasets.gpt_dataset import (  # noqa: E402
 )
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.parallel_state import (  # noqa: E402
+    get_context_parallel_world_size,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_pipeline_model_parallel_group,
+    get_pipeline_model_parallel_world_size,
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_src_rank,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.rerun_state_machine import Call, Caller  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
@@ -76,6 +87,9 @@ from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
     _NCCLEPManager,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    get_transformer_layer_offset,
+)
 
 # What a checkpoint may contain besides what Megatron declares as safe (core/safe_globals.py:29):
 # its own note of a result that it did not believe.
@@ -93,6 +107,7 @@ __all__ = [
     "MoELayer",
     "MoESubmodules",
     "MockGPTDataset",
+    "ProcessGroupCollection",
     "SequentialMLP",
     "TopKRouter",
     "TransformerBlockSubmodules",
@@ -102,19 +117,32 @@ __all__ = [
     "apply_router_token_dropping",
     "check_megatron_version",
     "compute_routing_scores_for_aux_loss",
+    "correct_flops",
     "current_global_batch_size",
     "current_iteration",
     "default_layer_spec",
     "finalize_model_grads",
     "flex_backend_is_installed",
+    "flops_function",
+    "get_context_parallel_world_size",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
     "get_default_pg_collection",
     "get_gpt_decoder_block_spec",
+    "get_pipeline_model_parallel_group",
+    "get_pipeline_model_parallel_world_size",
+    "get_tensor_model_parallel_group",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_src_rank",
+    "get_transformer_layer_offset",
+    "keep_saving_in_this_process",
     "keep_state_over_reruns",
     "observe_training",
     "signal_received",
     "start_missing_state_fresh",
     "stops_at_nan",
     "topk_routing_with_score_function",
+    "train_data_sets",
     "training_arguments",
     "transform_mtp_specs",
 ]
@@ -177,6 +205,34 @@ def current_iteration() -> int:
     from megatron.training import get_args
 
     return int(get_args().curr_iteration) + 1
+
+
+def train_data_sets(args: argparse.Namespace) -> int:
+    """How many data sets are blended for training; 0 if one alone is."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return 0
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split is not None:
+        blend = per_split[0]
+    count = len(blend[0]) if blend is not None else 0
+    return count if count > 1 else 0
+
+
+def keep_saving_in_this_process() -> None:
+    """Have checkpoints that are saved at once collect their results here.
+
+    Megatron starts a process for that (filesystem_async.py:53), for the sake of ``async_save``. A
+    batch system sends SIGTERM to all processes of a job: a rank would be about to save for it, and
+    find that process gone. Without it a rank that is killed also leaves nothing behind.
+    """
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def signal_received() -> bool:
@@ -287,11 +343,47 @@ def _saved_names(checkpoint_dir: Any) -> set[str] | None:
     return set(FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata)
 
 
+def flops_function() -> Callable[..., float]:
+    """Megatron's count of a step's FLOPs: from its arguments and the sequences of the batch."""
+    from megatron.training import training
+
+    return training.num_floating_point_operations  # type: ignore[no-any-return]
+
+
+def correct_flops(correction: Callable[[float], float]) -> None:
+    """Add ``correction`` to Megatron's FLOPs of a step, wherever its training loop uses them.
+
+    These are the throughput of its log line, TensorBoard and wandb, and
+    ``num_floating_point_operations_so_far`` of checkpoints and the progress log.
+
+    Args:
+        correction: FLOPs to add to those of a step, from the tokens of its global batch.
+    """
+    from megatron.training import training
+
+    stock = training.num_floating_point_operations
+
+    def num_floating_point_operations(
+        args: Any,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        tokens = total_real_tokens_in_batch
+        if tokens is None:
+            tokens = batch_size * args.seq_length
+        static = stock(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+        return static + correction(tokens)
+
+    training.num_floating_point_operations = num_floating_point_operations
+
+
 def observe_training(
-    on_step: Callable[[dict[str, Any], float], None],
-    on_validation: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[dict[str, Any], Callable[[], float]], None],
+    on_evaluation: Callable[[], list[dict[str, Any]]],
+    on_validation: Callable[[int, dict[str, float], dict[str, list[dict[str, Any]]]], None],
 ) -> None:
-    """Call back after each optimizer step and each validation of the training loop.
+    """Call back after each optimizer step, before its log line, and after each validation.
 
     ``megatron.training.training`` has no such hooks: its metrics tracker is not told the learning
     rate or the gradient norm, and validation losses only reach its writers. So its
@@ -299,11 +391,15 @@ def observe_training(
     results untouched.
 
     Args:
-        on_step: called on every rank with ``training_log``'s arguments by name and the seconds that
-            Megatron's interval timer shows (training alone, without validation and checkpoints).
-        on_validation: called on ranks of the last pipeline stage with the iteration and the loss of
+        on_step: called on every rank with ``training_log``'s arguments by name and what reads the
+            seconds of Megatron's interval timer (training alone, without validation and
+            checkpoints). Reading waits for the device, so it is for the end of an interval.
+        on_evaluation: called on every rank after each pass over a set; returns what is to be known
+            of its routing.
+        on_validation: called on ranks of the last pipeline stage with the iteration, the loss of
             each validation set, named as in ``--validation-set-names`` or by its position, and
-            after the training of each test set with ``test_`` before its name.
+            after the training of each test set with ``test_`` before its name, and what
+            ``on_evaluation`` returned for it.
     """
     import inspect
 
@@ -316,23 +412,28 @@ def observe_training(
     )
     signature = inspect.signature(log)
     losses: list[dict[str, Any]] = []
+    routing: list[list[dict[str, Any]]] = []
 
+    @functools.wraps(log)
     def training_log(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        seconds = get_timers()("interval-time").elapsed(reset=False, barrier=False)
-        result = log(*args, **kwargs)
-        on_step(call.arguments, seconds)
-        return result
+        timer = get_timers()("interval-time")
+        on_step(call.arguments, functools.partial(timer.elapsed, reset=False, barrier=False))
+        return log(*args, **kwargs)
 
+    @functools.wraps(evaluate)
     def evaluate_and_collect(*args: Any, **kwargs: Any) -> Any:
         result = evaluate(*args, **kwargs)
         losses.append(result[0] or {})
+        routing.append(on_evaluation())
         return result
 
+    @functools.wraps(report)
     def evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
         iteration = inspect.signature(report).bind(prefix, *args, **kwargs).arguments["iteration"]
         losses.clear()
+        routing.clear()
         result = report(prefix, *args, **kwargs)
         names = get_args().validation_set_names or [f"set_{i}" for i in range(len(losses))]
         if prefix.endswith("test set"):
@@ -343,7 +444,7 @@ def observe_training(
             if "lm loss" in loss
         }
         if values:
-            on_validation(iteration, values)
+            on_validation(iteration, values, dict(zip(names, routing, strict=False)))
         return result
 
     training.training_log = training_log

@@ -6,24 +6,22 @@ from typing import Any
 
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
-from uar_megatron.mcore.depth import moe_layers
 from uar_megatron.mcore.flex_dispatcher import check_flex
 from uar_megatron.mcore.kernels import uses_kernels
 from uar_megatron.mcore.options import OPTIONS, loss_types
+from uar_megatron.mcore.policies import layer_policies, num_experts
+from uar_megatron.policies import RoutingPolicy
 
 
 def is_off(uar: UARConfig, args: Any) -> bool:
     """Whether every step is stock Megatron's."""
-    weights_off = uar.weights == "megatron"
-    return not (varies(uar, args) or uar.clb.enabled or uar.bias.enabled) and weights_off
+    has_stock_policies = all(policy.is_off for policy in layer_policies(uar, args))
+    return has_stock_policies and not uar.clb.enabled and not uar.bias.enabled
 
 
 def varies(uar: UARConfig, args: Any) -> bool:
     """Whether a token may get another number of experts than ``moe_router_topk``."""
-    if uar.policy != "uar":
-        return False
-    budgets = uar.budget.layers(max(len(moe_layers(args)), 1), args.moe_router_topk)
-    return any(budget.constant_k() != args.moe_router_topk for budget in budgets)
+    return any(policy.fixed_k != args.moe_router_topk for policy in layer_policies(uar, args))
 
 
 def check_compatible(uar: UARConfig, args: Any) -> None:
@@ -37,15 +35,16 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
         ConfigError: naming the option, why it is refused and what to do.
         UnsupportedEnvironmentError: the library of the chosen dispatcher is not installed.
     """
-    experts = args.num_experts if hasattr(args, "num_experts") else args.num_moe_experts
-    if experts is None:
+    if (args.num_experts if hasattr(args, "num_experts") else args.num_moe_experts) is None:
         raise ConfigError(
             "num_experts",
             "the model has no experts to route to",
             remedy="set num_experts, or train without this plugin",
         )
-    _check_budget(uar, args, experts)
-    _check_segment(uar, args)
+    policies = layer_policies(uar, args)
+    _check_budget(uar, args, policies)
+    _check_segment(policies, args)
+    _check_balance(uar, args, policies[0])
     _check_sections(uar, args)
     applies = {
         "never": False,
@@ -61,12 +60,11 @@ def check_compatible(uar: UARConfig, args: Any) -> None:
     uses_kernels(uar, args)
 
 
-def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
-    topk = args.moe_router_topk
-    # A budget that cannot be is refused even where no policy uses it.
-    budgets = uar.budget.layers(max(len(moe_layers(args)), 1), topk)
-    if uar.policy != "uar":
-        return
+def _check_budget(uar: UARConfig, args: Any, policies: list[RoutingPolicy]) -> None:
+    topk, experts = args.moe_router_topk, num_experts(args)
+    policies = [policy for policy in policies if policy.fixed_k != topk]
+    if not policies:
+        return  # Megatron checks its own
     most = experts
     if args.moe_router_group_topk and args.moe_router_num_groups:
         most = args.moe_router_group_topk * experts // args.moe_router_num_groups
@@ -76,19 +74,20 @@ def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
                 f"{args.moe_router_group_topk} groups for {topk} experts per token",
                 allowed=f"1 … moe_router_topk = {topk}",
             )
-    for budget in budgets:
-        if budget.k_max > most:
+    for policy in policies:
+        budget = policy.settings.budget
+        if policy.max_k > most:
             where = (
                 "the number of experts" if most == experts else "the experts of a token's groups"
             )
             raise ConfigError(
                 "uar.budget.k_max",
-                f"k_max is {budget.k_max}, larger than {where}",
+                f"k_max is {policy.max_k}, larger than {where}",
                 allowed=f"1 … {most}",
                 remedy="lower uar.budget.k_max",
             )
-        ramps = uar.expansion.ramp_steps > 0 and budget.constant_k() != topk
-        if ramps and not budget.k_min <= topk <= budget.k_max:
+        ramps = uar.policy == "uar" and uar.expansion.ramp_steps > 0
+        if ramps and budget.constant_k() != topk and not budget.k_min <= topk <= budget.k_max:
             raise ConfigError(
                 "uar.expansion.ramp_steps",
                 f"the ramp starts at moe_router_topk = {topk} experts, outside k_min = "
@@ -97,11 +96,10 @@ def _check_budget(uar: UARConfig, args: Any, experts: int) -> None:
             )
 
 
-def _check_segment(uar: UARConfig, args: Any) -> None:
-    length, budget = getattr(args, "seq_length", None), uar.budget
-    segment = budget.segment
-    is_used = budget.mode == "exact" or budget.max_rows_factor is not None
-    if uar.policy != "uar" or not is_used or segment is None or length is None:
+def _check_segment(policies: list[RoutingPolicy], args: Any) -> None:
+    length = getattr(args, "seq_length", None)
+    segment = policies[0].segment
+    if segment is None or length is None:
         return
     # Context parallelism gives each rank two pieces of every sequence, so that work is even.
     pieces = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
@@ -112,6 +110,28 @@ def _check_segment(uar: UARConfig, args: Any) -> None:
             f"{segment}, but this layout cuts sequences of {length} tokens into {pieces} pieces, "
             f"which are no whole number of segments",
             allowed=f"a divisor of {length // pieces}",
+        )
+
+
+def _check_balance(uar: UARConfig, args: Any, policy: RoutingPolicy) -> None:
+    """A policy that balances loads by itself goes with nothing else that does."""
+    if policy.own_balance is None:
+        return
+    reason = f"with uar.policy={uar.policy}: {policy.own_balance}"
+    if uar.clb.enabled:
+        raise ConfigError(
+            "uar.clb.enabled",
+            f"there is no load loss and no bias to calibrate {reason}",
+            remedy="set uar.clb.enabled=false, or use another policy",
+        )
+    if uar.bias.enabled or args.moe_router_enable_expert_bias:
+        name = "uar.bias.enabled" if uar.bias.enabled else "moe_router_enable_expert_bias"
+        raise ConfigError(name, f"true {reason}", remedy=f"set {name}=false")
+    if _has_aux_loss(args):
+        raise ConfigError(
+            "moe_aux_loss_coeff",
+            f"{args.moe_aux_loss_coeff} {reason}",
+            remedy="set moe_router_load_balancing_type=none",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from uar_megatron.config import LayerBudget, UARConfig
+from uar_megatron.shape import moe_pattern
 
 
 def moe_layers(config: Any) -> list[int]:
@@ -13,12 +14,7 @@ def moe_layers(config: Any) -> list[int]:
     Args:
         config: Megatron's arguments or its ``TransformerConfig``.
     """
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        pattern = [1 if i % frequency == 0 else 0 for i in range(config.num_layers)]
-    else:
-        pattern = list(frequency)
-    return [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
+    return [i + 1 for i, is_moe in enumerate(moe_pattern(config)) if is_moe]
 
 
 def layer_budget(

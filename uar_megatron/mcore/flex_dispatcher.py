@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 
 from uar_kernels.plan import deepep_indices
-from uar_megatron.budget import ExpertBudget
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
 from uar_megatron.mcore.compat import (
@@ -38,7 +37,7 @@ from uar_megatron.mcore.compat import (
     _NCCLEPManager,
     flex_backend_is_installed,
 )
-from uar_megatron.mcore.depth import moe_layers
+from uar_megatron.mcore.policies import layer_policies
 
 # One lane of a warp for each slot of a token; counted after folding expert tensor parallelism in.
 MOST_SLOTS = 32
@@ -68,21 +67,9 @@ def slot_bounds(uar: UARConfig, config: Any) -> SlotBounds:
         uar: the UAR section.
         config: Megatron's arguments or its ``TransformerConfig``.
     """
-    topk = config.moe_router_topk
-    if uar.policy != "uar":
-        return SlotBounds(topk, float(topk))
-    most, mean = 1, 0.0
-    for budget in uar.budget.layers(max(len(moe_layers(config)), 1), topk):
-        experts = ExpertBudget(budget, uar.expansion, topk, "cpu")
-        largest = experts.max_k if experts.fixed_k is None else experts.fixed_k
-        most = max(most, largest)
-        if budget.mode == "exact":
-            before = topk if experts.progress(0) < 1.0 else 0
-            mean = max(mean, budget.target_mean_k, before)
-        else:
-            bound = budget.max_rows_factor
-            mean = max(mean, largest if bound is None else min(bound * topk, largest))
-    return SlotBounds(most, mean)
+    policies = layer_policies(uar, config)
+    most = max((p.max_k if p.fixed_k is None else p.fixed_k) for p in policies)
+    return SlotBounds(max(most, 1), max(policy.mean_bound for policy in policies))
 
 
 def check_flex(uar: UARConfig, args: Any) -> None:

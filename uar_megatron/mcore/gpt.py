@@ -30,8 +30,12 @@ from uar_megatron.mcore.compat import (
     GPTDatasetConfig,
     MockGPTDataset,
     current_iteration,
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_src_rank,
 )
 from uar_megatron.mcore.step import nonfinite_error, routers_of
+from uar_megatron.mcore.token_classes import DOMAINS
+from uar_megatron.observatory import DECILES, NO_CLASS
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
 
@@ -115,6 +119,7 @@ def _next_batch(
 ) -> dict[str, torch.Tensor | None]:
     args = get_args()
     batch: dict[str, torch.Tensor | None] = dict.fromkeys(_BATCH_KEYS)
+    DOMAINS.current = None
     if not _reads_data(config, vp_stage, config.mtp_num_layers):
         return batch
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -122,6 +127,8 @@ def _next_batch(
         sample = next(data_iterator)
         for key in batch.keys() & sample.keys():
             batch[key] = sample[key].cuda(non_blocking=True)
+    if DOMAINS.is_wanted():
+        DOMAINS.current = _domains(sample if tp_rank == 0 else {}, args.micro_batch_size)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -149,6 +156,16 @@ def _next_batch(
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
     )
+
+
+def _domains(sample: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+    """Each sequence's data set in the blend, on every tensor-parallel rank alike."""
+    unknown = torch.full((size,), NO_CLASS - DECILES)
+    domains = sample.get("dataset_id", unknown).long().cuda()
+    if get_tensor_model_parallel_group().size() > 1:
+        source, group = get_tensor_model_parallel_src_rank(), get_tensor_model_parallel_group()
+        torch.distributed.broadcast(domains, source, group=group)
+    return domains
 
 
 def _loss(

@@ -12,6 +12,9 @@ from uar_kernels.backend import resolve_for
 from uar_kernels.routing import MOST_EXPERTS
 from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
+from uar_megatron.mcore.policies import num_experts
+from uar_megatron.policies import find_policy
+from uar_megatron.policies.base import KernelPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ def uses_kernels(uar: UARConfig, config: Any) -> bool:
     """
     if uar.kernel_backend == "torch":
         return False
-    reason = _unknown_setting(uar, config)
+    reason = unknown_setting(uar, config)
     if uar.kernel_backend == "triton":
         if reason is not None:
             raise ConfigError(
@@ -60,8 +63,11 @@ def _say(which: str) -> None:
     logger.warning("uar.kernel_backend=auto: %s", which)
 
 
-def _unknown_setting(uar: UARConfig, config: Any) -> str | None:
-    experts = config.num_experts if hasattr(config, "num_experts") else config.num_moe_experts
+def unknown_setting(uar: UARConfig, config: Any) -> str | None:
+    """Return what the kernels do not know of these settings, None if they know them all."""
+    if not issubclass(find_policy(uar.policy), KernelPolicy):
+        return f"they do not know uar.policy={uar.policy}"
+    experts = num_experts(config)
     if experts > MOST_EXPERTS:
         return f"they know up to {MOST_EXPERTS} experts, these are {experts}"
     if config.moe_router_score_function not in ("softmax", "sigmoid"):

@@ -16,6 +16,7 @@ from uar_megatron.mcore.token_dispatcher import (
     VARIABLE_K_DISPATCHERS,
     UARAlltoAllTokenDispatcher,
 )
+from uar_megatron.policies.base import KernelPolicy
 
 
 class UARMoELayer(MoELayer):
@@ -60,7 +61,8 @@ class UARMoELayer(MoELayer):
             )
             if isinstance(self.token_dispatcher, UARAlltoAllTokenDispatcher):
                 self.token_dispatcher.total_slots = self._total_slots
-                self.token_dispatcher.most_slots = self.router.policy.most_slots
+                if isinstance(self.router.policy, KernelPolicy):
+                    self.token_dispatcher.most_slots = self.router.policy.most_slots
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
         self.experts.register_forward_pre_hook(self._count_rows)

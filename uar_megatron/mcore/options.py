@@ -67,18 +67,21 @@ OPTIONS = (
     Option(
         ("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
         "never",
-        "softmax before or after the selection, sigmoid, sqrtsoftplus; `uar.weights` can differ",
+        "softmax before or after the selection, sigmoid, sqrtsoftplus; `uar.weights` can differ; "
+        "softmax with `top_p`, `relu` (before the selection) and `sinkhorn_selective`",
     ),
     Option(("moe_router_dtype",), "never", "of the gating; uncertainty is fp32 or better anyway"),
     Option(
         ("moe_router_group_topk", "moe_router_num_groups", "moe_router_topk_limited_devices"),
         "never",
-        "a token's groups do not depend on its k; K_max is at most the experts of its groups",
+        "a token's groups do not depend on its k; K_max is at most the experts of its groups; "
+        "with `policy: topk` and `uar` only",
     ),
     Option(
         ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
         "never",
-        "aux_loss, seq_aux_loss, global_aux_loss, several at once, none; all under the mask",
+        "aux_loss, seq_aux_loss, global_aux_loss, several at once, none; all under the mask; none "
+        "with `relu` and `sinkhorn_selective`, which balance loads by themselves",
     ),
     Option(
         ("moe_router_load_balancing_type",),
@@ -231,8 +234,8 @@ OPTIONS = (
     ),
     Option(
         ("cuda_graph_impl", "cuda_graph_modules"),
-        "acting",
-        "a graph that captures the router would freeze θ_t, the ramp and the row counts",
+        "always",
+        "a graph that captures the router would freeze θ_t, the ramp and what the run log measures",
         "capture attention only (cuda_graph_modules=[attn]), or set cuda_graph_impl=none",
         lambda args: _captured(args) - {"attn", "mlp", "mamba"},
         "anything but attn, mlp, mamba",

@@ -18,10 +18,11 @@ from uar_megatron.mcore.compat import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
-from uar_megatron.mcore.depth import layer_budget
 from uar_megatron.mcore.kernels import takes_indices, uses_kernels
-from uar_megatron.metrics import LayerMetrics, state_thresholds
-from uar_megatron.policies import POLICIES, RouterSettings
+from uar_megatron.mcore.policies import router_settings
+from uar_megatron.metrics import POLICY_LOSS, LayerMetrics, state_thresholds
+from uar_megatron.policies import find_policy
+from uar_megatron.policies.base import KernelPolicy
 from uar_megatron.policies.fused import route_fused
 from uar_megatron.uncertainty import UncertaintyStatistics
 
@@ -62,22 +63,15 @@ class UARRouter(MaskedBalancingRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         device = torch.cuda.current_device()
         self.uar = uar
-        settings = RouterSettings(
-            num_experts=self.num_experts,
-            topk=self.topk,
-            score_function=self.score_function,
-            use_pre_softmax=config.moe_router_pre_softmax,
-            scaling_factor=config.moe_router_topk_scaling_factor,
-            num_groups=config.moe_router_num_groups,
-            group_topk=config.moe_router_group_topk,
-            weights=uar.weights,
-            fixed_topk=self._fixed_topk,
-            budget=layer_budget(uar, config, layer_number, is_mtp_layer),
-            expansion=uar.expansion,
+        self.settings = router_settings(
+            uar,
+            config,
+            layer_number,
+            is_mtp_layer=is_mtp_layer,
             device=device,
+            fixed_topk=self._fixed_topk,
         )
-        self.policy = POLICIES[uar.policy](settings)
-        self.settings = settings
+        self.policy = find_policy(uar.policy)(self.settings)
         self.has_kernels = uses_kernels(uar, config)
         self.uar_policy = self.policy.state
         self.uar_statistics = UncertaintyStatistics(
@@ -100,8 +94,7 @@ class UARRouter(MaskedBalancingRouter):
     @property
     def is_off(self) -> bool:
         """Whether every step is stock Megatron's."""
-        is_topk = self.policy.fixed_k == self.topk and self.policy.is_stock(0)
-        return is_topk and not self.uar.clb.enabled and self.uar_bias is None
+        return self.policy.is_off and not self.uar.clb.enabled and self.uar_bias is None
 
     @property
     def step(self) -> int:
@@ -126,6 +119,7 @@ class UARRouter(MaskedBalancingRouter):
         """
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
         theta = threshold(self.step, self.uar.clb)
+        self.policy.is_training = self.training
         is_stock = self.policy.is_stock(self.step) and theta is None and self.uar_bias is None
         if self.has_kernels and not is_stock:
             return self._fused_routing(logits, padding_mask, valid_T, theta)
@@ -155,6 +149,7 @@ class UARRouter(MaskedBalancingRouter):
         theta: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`_uar_routing`, by the kernels."""
+        assert isinstance(self.policy, KernelPolicy)  # as uses_kernels has checked
         per_sequence = self.get_aux_loss_coeff("seq_aux_loss") > 0
         found = route_fused(
             logits.view(-1, self.num_experts),
@@ -226,6 +221,8 @@ class UARRouter(MaskedBalancingRouter):
             # Padding to capacity dispatches slots that nobody was routed to.
             kept_TE = routing_map_TE & routed.routing_map_TE
             dispatched = RoutingDecision(probs_TE, kept_TE, kept_TE.sum(dim=-1))
+        if self.training and torch.is_grad_enabled() and self.policy.has_loss:
+            probs_TE = self._attach_policy_loss(probs_TE, logits_TE, routed_TE, valid_T)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             # Megatron takes a fixed top-k of the scores again for its losses; here the losses see
             # the map that was routed, so only the scores are used.
@@ -247,19 +244,47 @@ class UARRouter(MaskedBalancingRouter):
         self._apply_expert_bias(routed_TE)
         return routed, dispatched, probs_TE, routing_map_TE
 
+    def _attach_policy_loss(
+        self,
+        probs_TE: torch.Tensor,
+        logits_TE: torch.Tensor,
+        routed_TE: torch.Tensor,
+        valid_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attach the policy's own loss, scaled and logged as Megatron's are."""
+
+        def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+            if self.tp_cp_group.size() > 1:
+                torch.distributed.all_reduce(value, group=self.tp_cp_group)
+            return value
+
+        # Not in the dtype of the weights: bf16 has no 1027.
+        every = torch.full((), len(probs_TE), dtype=torch.float32, device=probs_TE.device)
+        tokens = sum_over_ranks(every if valid_T is None else valid_T.sum().float())
+        loss = self.policy.loss(logits_TE, routed_TE, valid_T, tokens, sum_over_ranks)
+        if loss is None:
+            return probs_TE
+        return self.attach_and_log_load_balancing_loss(
+            probs_TE,
+            loss.coeff,
+            loss.coeff * loss.value,
+            POLICY_LOSS,
+            self.tp_cp_group,
+            valid_token_count=tokens / self.tp_cp_group.size(),
+        )
+
     def attach_and_log_load_balancing_loss(
         self,
         activation: torch.Tensor,
-        aux_loss_coeff: float,
+        aux_loss_coeff: float | torch.Tensor,
         aux_loss: torch.Tensor,
         aux_loss_name: str,
         reduce_group: torch.distributed.ProcessGroup,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As in Megatron, and add the loss to this layer's metrics."""
-        self.metrics.add_loss(
-            _LOSS_OF_LOG_NAME[aux_loss_name], aux_loss / aux_loss_coeff, 1.0 / reduce_group.size()
-        )
+        name = _LOSS_OF_LOG_NAME.get(aux_loss_name, aux_loss_name)
+        self.metrics.add_loss(name, aux_loss / aux_loss_coeff, 1.0 / reduce_group.size())
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **kwargs
         )
@@ -276,6 +301,8 @@ class UARRouter(MaskedBalancingRouter):
     ) -> None:
         # Only a forward that will be differentiated counts: neither evaluation nor the first,
         # gradient-free pass of activation recomputation.
+        if not self.training:
+            self.metrics.add_evaluated(uncertainty, dispatched, valid_T)
         if not (self.training and torch.is_grad_enabled()):
             return
         self.applied_theta = theta
@@ -294,24 +321,33 @@ class UARRouter(MaskedBalancingRouter):
         parts = [self.uar_statistics, self.uar_bias, self.uar_policy]
         return torch.cat([part.pending() for part in parts if part is not None])
 
-    def commit(self, total: torch.Tensor) -> None:
+    def commit(self, total: torch.Tensor, of_model: torch.Tensor | None = None) -> None:
         """End an optimizer step: move statistics, bias and step count; close the step's metrics.
 
         Args:
             total: :meth:`pending`, summed over the tensor, data and context ranks.
+            of_model: :meth:`policy_sums` of ``total``, summed over the MoE layers of the model;
+                None where the policy's state does not span layers.
         """
         statistics, rest = total.tensor_split([UncertaintyStatistics.PENDING_SIZE])
         self.uar_statistics.commit(statistics)
         if self.uar_bias is not None:
-            loads_E, rest = rest.tensor_split([self.num_experts])
-            self.uar_bias.commit(loads_E)
+            self.uar_bias.commit(rest[: self.num_experts])
         if self.uar_policy is not None:
-            self.uar_policy.commit(rest, UncertaintyStatistics.tokens(statistics), self.step)
+            sums = self.policy_sums(total) if of_model is None else of_model
+            self.uar_policy.commit(sums[:-1], sums[-1], self.step)
         if not self.is_off:
             # Schedules count from where UAR was switched on.
             self._host_step = self.step + 1
             self.uar_step = self.uar_step + 1
         self.metrics.end_step()
+
+    def policy_sums(self, total: torch.Tensor) -> torch.Tensor:
+        """The policy's part of a sum of :meth:`pending`, and the number of tokens after it."""
+        statistics, rest = total.tensor_split([UncertaintyStatistics.PENDING_SIZE])
+        if self.uar_bias is not None:
+            rest = rest[self.num_experts :]
+        return torch.cat((rest, UncertaintyStatistics.tokens(statistics).reshape(1)))
 
     def snapshot(self) -> dict[str, Any]:
         """What :meth:`commit` moves, for :meth:`restore`; holds references, copies nothing."""

@@ -21,6 +21,7 @@ from uar_megatron.mcore.compat import (
     TransformerBlockSubmodules,
     default_layer_spec,
     finalize_model_grads,
+    get_transformer_layer_offset,
     start_missing_state_fresh,
     training_arguments,
     transform_mtp_specs,
@@ -29,6 +30,7 @@ from uar_megatron.mcore.compatibility import check_compatible
 from uar_megatron.mcore.experts import TorchGroupedMLP
 from uar_megatron.mcore.guard import check_same_section
 from uar_megatron.mcore.moe_layer import UARMoELayer
+from uar_megatron.mcore.policies import layer_policies
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.step import StepBoundary, routers_of
 
@@ -62,12 +64,25 @@ def uar_layer_spec(uar: UARConfig | str | Path) -> Callable[..., TransformerBloc
             check_same_section(config_of_uar)
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
         if not isinstance(finalize, StepBoundary):
+            (policy, *_) = layer_policies(config_of_uar, transformer)
             transformer.finalize_model_grads_func = StepBoundary(
-                finalize, config_of_uar.consistency_interval
+                finalize, config_of_uar.consistency_interval, policy.state
             )
-        return with_uar_routers(default_layer_spec(config, vp_stage), config_of_uar)
+        first = get_transformer_layer_offset(transformer, vp_stage) + 1
+        return with_uar_routers(default_layer_spec(config, vp_stage), config_of_uar, first)
 
     return layer_spec
+
+
+def section_of_routers(model: Iterable[torch.nn.Module]) -> UARConfig | None:
+    """Return the section that a built model's routers follow, None if all are Megatron's.
+
+    Called on every rank: a pipeline stage may have no router.
+    """
+    own = next((router.uar for router in routers_of(model)), None)
+    sections: list[UARConfig | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sections, own)
+    return next((section for section in sections if section is not None), None)
 
 
 @dataclasses.dataclass
@@ -78,11 +93,21 @@ class UARBlockSubmodules(TransformerBlockSubmodules):
 
 
 def with_uar_routers(
-    block: TransformerBlockSubmodules, uar: UARConfig
+    block: TransformerBlockSubmodules, uar: UARConfig, first: int = 1
 ) -> TransformerBlockSubmodules:
-    """Return a copy of a block spec whose MoE layers are ours; layers may share one spec object."""
+    """Return a copy of a block spec whose MoE layers are ours; layers may share one spec object.
+
+    Args:
+        block: of this rank's stage of the pipeline.
+        uar: the UAR section.
+        first: 1-based number of its first layer. Megatron tells a layer its number only when it is
+            built (transformer_layer.py:433), which is too late for a budget that depends on it.
+    """
     fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
-    fields["layer_specs"] = [_with_uar_router(layer, uar) for layer in block.layer_specs or ()]
+    fields["layer_specs"] = [
+        _with_uar_router(layer, uar, number)
+        for number, layer in enumerate(block.layer_specs or (), start=first)
+    ]
     return UARBlockSubmodules(**fields, uar=uar)
 
 
@@ -103,18 +128,27 @@ def _with_uar_mtp(decoder: Any, mtp: Any) -> Any:
     return dataclasses.replace(mtp, layer_specs=layers)
 
 
-def _with_uar_router(layer: Any, uar: UARConfig) -> Any:
+def _with_uar_router(layer: Any, uar: UARConfig, number: int | None = None) -> Any:
     mlp = layer.submodules.mlp
     if not (isinstance(mlp, functools.partial) and mlp.func is MoELayer):
         return layer
     return dataclasses.replace(
         layer,
-        submodules=dataclasses.replace(layer.submodules, mlp=with_uar_moe_layer(mlp, uar)),
+        submodules=dataclasses.replace(layer.submodules, mlp=with_uar_moe_layer(mlp, uar, number)),
     )
 
 
-def with_uar_moe_layer(mlp: functools.partial[MoELayer], uar: UARConfig) -> Any:
-    """Return Megatron's builder of a ``MoELayer`` as one of a ``UARMoELayer`` with our router."""
+def with_uar_moe_layer(
+    mlp: functools.partial[MoELayer], uar: UARConfig, number: int | None = None
+) -> Any:
+    """Return Megatron's builder of a ``MoELayer`` as one of a ``UARMoELayer`` with our router.
+
+    Args:
+        mlp: the builder.
+        uar: the UAR section.
+        number: 1-based number of the transformer layer, None where its budget does not depend on
+            it (layers for multi-token prediction).
+    """
     submodules = mlp.keywords["submodules"]
     if submodules.router is not TopKRouter:
         raise UARError(
@@ -127,7 +161,8 @@ def with_uar_moe_layer(mlp: functools.partial[MoELayer], uar: UARConfig) -> Any:
         ours = dataclasses.replace(
             ours, experts=functools.partial(_local_experts, *experts.args, **experts.keywords)
         )
-    return functools.partial(UARMoELayer, *mlp.args, **{**mlp.keywords, "submodules": ours})
+    known = {**mlp.keywords, "submodules": ours, "layer_number": number}
+    return functools.partial(UARMoELayer, *mlp.args, **known)
 
 
 def _local_experts(num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> SequentialMLP:

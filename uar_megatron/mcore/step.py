@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from uar_megatron.errors import TrainingError
-from uar_megatron.mcore.compat import current_iteration, keep_state_over_reruns, stops_at_nan
+from uar_megatron.mcore.compat import (
+    current_iteration,
+    get_pipeline_model_parallel_group,
+    keep_state_over_reruns,
+    stops_at_nan,
+)
 from uar_megatron.mcore.guard import ConsistencyGuard
 from uar_megatron.mcore.router import UARRouter
+from uar_megatron.policies.base import PolicyState
 from uar_megatron.uncertainty import UncertaintyStatistics
 
 logger = logging.getLogger(__name__)
@@ -31,10 +37,17 @@ class StepBoundary:
     Args:
         finalize: the function to wrap, Megatron's own or somebody's.
         consistency_interval: steps between comparisons of the ranks' routing state, 0 for never.
+        policy_state: of any layer; a pipeline stage without MoE layers has none of its own.
     """
 
-    def __init__(self, finalize: Callable[..., Any], consistency_interval: int) -> None:
+    def __init__(
+        self,
+        finalize: Callable[..., Any],
+        consistency_interval: int,
+        policy_state: PolicyState | None = None,
+    ) -> None:
         self.finalize = finalize
+        self.policy_state = policy_state
         self.guard = ConsistencyGuard(consistency_interval)
         self._watch: NonFiniteWatch | None = None
 
@@ -55,6 +68,11 @@ class StepBoundary:
                     functools.partial(_restore, routers),
                 )
             self._watch.look(commit(routers))
+        elif self.policy_state is not None and self.policy_state.spans_layers:
+            # The policy was built on the CPU; the sum goes from device to device.
+            device = torch.cuda.current_device()
+            pending = self.policy_state.pending().to(device)
+            sum_over_pipeline(pending.new_zeros(len(pending) + 1))
         self.guard.on_step(routers, current_iteration)
         return result
 
@@ -130,8 +148,20 @@ def commit(routers: list[UARRouter]) -> torch.Tensor:
     total = torch.cat(parts)
     torch.distributed.all_reduce(total, group=routers[0].tp_dp_cp_group)
     totals = total.split([len(part) for part in parts])
+    of_model = None
+    if routers[0].uar_policy is not None and routers[0].uar_policy.spans_layers:
+        sums = [router.policy_sums(part) for router, part in zip(routers, totals, strict=True)]
+        of_model = sum_over_pipeline(torch.stack(sums).sum(dim=0))
     nonfinite = UncertaintyStatistics.PENDING_SIZE - 1
     counts = torch.stack([part[nonfinite] for part in totals])
     for router, part in zip(routers, totals, strict=True):
-        router.commit(part)
+        router.commit(part, of_model)
     return counts
+
+
+def sum_over_pipeline(value: torch.Tensor) -> torch.Tensor:
+    """Sum over the stages of the pipeline, in place; all of them must call it."""
+    group = get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(value, group=group)
+    return value

@@ -10,7 +10,7 @@ from uar_kernels.routing import Budget, Mask, Measure, Scoring, measure_tokens, 
 from uar_megatron.balance import BalancingSums
 from uar_megatron.config import CLBConfig
 from uar_megatron.decision import CompactDecision, Uncertainty
-from uar_megatron.policies.base import RouterSettings, RoutingPolicy
+from uar_megatron.policies.base import KernelPolicy, RouterSettings
 from uar_megatron.policies.scores import weights_rule
 from uar_megatron.uncertainty import UncertaintyStatistics
 
@@ -35,7 +35,7 @@ class FusedDecision(NamedTuple):
 
 def route_fused(
     logits_TE: torch.Tensor,
-    policy: RoutingPolicy,
+    policy: KernelPolicy,
     settings: RouterSettings,
     statistics: UncertaintyStatistics,
     clb: CLBConfig,

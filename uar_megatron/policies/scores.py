@@ -32,7 +32,7 @@ def route_variable_k(
         bias_E: selection bias or None.
         settings: score function, weights, groups and scaling.
     """
-    scores_TE = _scores(logits_TE, settings.score_function)
+    scores_TE = scores_of(logits_TE, settings.score_function)
     by_logits = settings.score_function == "softmax" and not settings.use_pre_softmax
     if bias_E is not None:
         selection_TE = scores_TE.detach() + bias_E
@@ -95,17 +95,18 @@ def limit_to_groups(
 
 def weights_rule(settings: RouterSettings, width: int) -> str:
     """Return how the weights of a token's experts are made, where at most ``width`` are chosen."""
-    if settings.weights == "renormalised_to_K":
-        return settings.weights
+    if settings.uar.weights == "renormalised_to_K":
+        return settings.uar.weights
     if settings.score_function == "softmax":
         keeps = settings.use_pre_softmax
-        if settings.weights != "megatron":
-            keeps = settings.weights == "softmax_all"
+        if settings.uar.weights != "megatron":
+            keeps = settings.uar.weights == "softmax_all"
         return "as_they_are" if keeps else "softmax_after"
-    return "renormalised" if width > 1 or settings.weights == "renormalised" else "as_they_are"
+    return "renormalised" if width > 1 or settings.uar.weights == "renormalised" else "as_they_are"
 
 
-def _scores(logits_TE: torch.Tensor, score_function: str) -> torch.Tensor:
+def scores_of(logits_TE: torch.Tensor, score_function: str) -> torch.Tensor:
+    """Return the scores of all experts, fp32, before any selection (differentiable)."""
     if score_function == "softmax":
         return torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     if score_function == "sigmoid":

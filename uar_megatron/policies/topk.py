@@ -6,39 +6,40 @@ import torch
 
 from uar_kernels.routing import Budget
 from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.policies.base import PolicyState, RouterSettings
+from uar_megatron.policies.base import KernelPolicy, RouterSettings
 from uar_megatron.policies.scores import route_variable_k
 
 
-class TopKPolicy:
+class TopKPolicy(KernelPolicy):
     """The same number of experts for every token (``moe_router_topk``)."""
 
     def __init__(self, settings: RouterSettings) -> None:
-        self.settings = settings
-        self.max_k = settings.topk
-        self.fixed_k: int | None = settings.topk
-        self.state: PolicyState | None = None
+        super().__init__(settings)
+        self.max_k = self.fixed_k = settings.topk
+        self.is_per_token = True
+        self.mean_bound = float(settings.topk)
+        self.is_off = settings.has_stock_weights(settings.topk)
 
     def is_stock(self, step: int) -> bool:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
-        return self.settings.has_stock_weights(self.max_k)
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
+        return self.is_off
 
     def total_slots(self, tokens: int, step: int) -> int | None:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
         return tokens * self.max_k
 
     def most_slots(self, tokens: int) -> int:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
         return tokens * self.max_k
 
     def line(self, step: int) -> Budget:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
         return constant_line(self.max_k)
 
     def experts_of(
         self, zscore_T: torch.Tensor, step: int, batch_size: int
     ) -> tuple[torch.Tensor, None]:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
         return torch.full_like(zscore_T, self.max_k, dtype=torch.int64), None
 
     def route(
@@ -49,7 +50,7 @@ class TopKPolicy:
         step: int,
         batch_size: int,
     ) -> RoutingDecision:
-        """See :class:`~uar_megatron.policies.base.RoutingPolicy`."""
+        """See :class:`~uar_megatron.policies.base.KernelPolicy`."""
         return route_fixed_k(logits_TE, self.max_k, bias_E, self.settings)
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from uar_megatron.errors import UARError
+from uar_megatron.experiment import RUN_LOG as RUN_LOG
 from uar_megatron.reporting.schema import (
     SCHEMA_VERSION,
     AnyRecord,
     End,
+    Observation,
     Record,
     Start,
     Step,
@@ -23,8 +25,9 @@ from uar_megatron.reporting.schema import (
     parse_record,
 )
 
-RUN_LOG = "run.jsonl"
-"""Name of the log in a run's folder."""
+
+class NoRecordError(UARError):
+    """There is no run log yet, or none with a whole record."""
 
 
 class RunLogWriter:
@@ -79,41 +82,79 @@ class Run:
         starts: one per process that trained, in order.
         steps: logging intervals, by step.
         validations: by step.
+        observations: by step.
         ends: one per process that was not killed, in order.
+        end: how the latest process stopped; None while it runs, or when it was killed.
     """
 
     starts: list[Start] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
+    end: End | None = None
 
     @property
     def resumed_at(self) -> list[int]:
         """Steps at which a later process took the run up again."""
         return [start.step for start in self.starts if start.step > 0]
 
+    def add(self, record: AnyRecord) -> None:
+        """Take the next record of the log.
+
+        A resume at step S takes back what the killed process logged after S, so nothing counts
+        twice; so does a record of a step that is there already.
+        """
+        if isinstance(record, Start):
+            self.starts.append(record)
+            self.end = None
+            self.steps = [s for s in self.steps if s.step <= record.step]
+            self.validations = [v for v in self.validations if v.step <= record.step]
+            self.observations = [o for o in self.observations if o.step <= record.step]
+        elif isinstance(record, End):
+            self.ends.append(record)
+            self.end = record
+        elif isinstance(record, Step):
+            while self.steps and self.steps[-1].step >= record.step:
+                self.steps.pop()
+            self.steps.append(record)
+        elif isinstance(record, Observation):
+            while self.observations and self.observations[-1].step >= record.step:
+                self.observations.pop()
+            self.observations.append(record)
+        else:
+            while self.validations and self.validations[-1].step > record.step:
+                self.validations.pop()
+            if self.validations and self.validations[-1].step == record.step:
+                # Validation and test sets come one after the other.
+                earlier = self.validations.pop()
+                record.losses = earlier.losses | record.losses
+                record.layers = earlier.layers | record.layers
+            self.validations.append(record)
+
 
 def read_run(path: Path) -> Run:
     """Read a run log.
 
-    A resume at step S takes back what the killed process logged after S, so nothing counts twice;
-    so does a record of a step that is there already. Lines that are not records (a process was
-    killed while writing) are left out with a warning.
+    Lines that are not records (a process was killed while writing) are left out with a warning.
 
     Raises:
-        UARError: the file is missing or holds no record, or is of a newer schema.
+        NoRecordError: the file is missing or holds no record.
+        UARError: it is of a newer schema.
     """
     if not path.is_file():
-        raise UARError(f"{path}: no run log here\n  remedy:  train first; a run writes run.jsonl")
+        raise NoRecordError(
+            f"{path}: no run log here\n  remedy:  train first; a run writes run.jsonl"
+        )
     run = Run()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 record = _parse(line, path, number)
                 if record is not None:
-                    _add(run, record)
+                    run.add(record)
     if not run.starts and not run.steps:
-        raise UARError(f"{path}: the run log holds no record yet")
+        raise NoRecordError(f"{path}: the run log holds no record yet")
     return run
 
 
@@ -121,43 +162,19 @@ def _parse(line: bytes, path: Path, number: int) -> AnyRecord | None:
     try:
         return parse_record(line)
     except ValidationError:
-        version = _schema_version(line)
-        if version is not None and version > SCHEMA_VERSION:
-            raise UARError(
-                f"{path}: line {number} is of schema {version}; this version reads up to "
-                f"{SCHEMA_VERSION}\n  remedy:  upgrade uar-megatron"
-            ) from None
+        refuse_newer_schema(line, path, number)
         warnings.warn(f"{path}: line {number} is not a whole record, left out", stacklevel=3)
         return None
 
 
-def _schema_version(line: bytes) -> int | None:
+def refuse_newer_schema(line: bytes, path: Path, number: int) -> None:
+    """Raise UARError if a line that could not be read is of a newer schema than ours."""
     try:
         version = json.loads(line).get("schema")
     except (ValueError, AttributeError):
-        return None
-    return version if isinstance(version, int) else None
-
-
-def _add(run: Run, record: AnyRecord) -> None:
-    if isinstance(record, Start):
-        run.starts.append(record)
-        _drop_after(run, record.step)
-    elif isinstance(record, End):
-        run.ends.append(record)
-    elif isinstance(record, Step):
-        while run.steps and run.steps[-1].step >= record.step:
-            run.steps.pop()
-        run.steps.append(record)
-    else:
-        while run.validations and run.validations[-1].step > record.step:
-            run.validations.pop()
-        if run.validations and run.validations[-1].step == record.step:
-            # Validation and test sets come one after the other.
-            record.losses = run.validations.pop().losses | record.losses
-        run.validations.append(record)
-
-
-def _drop_after(run: Run, step: int) -> None:
-    run.steps = [s for s in run.steps if s.step <= step]
-    run.validations = [v for v in run.validations if v.step <= step]
+        return
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UARError(
+            f"{path}: line {number} is of schema {version}; this version reads up to "
+            f"{SCHEMA_VERSION}\n  remedy:  upgrade uar-megatron"
+        )

@@ -54,21 +54,29 @@ class LayerMetrics(BaseModel):
     """Threshold θ_t, in σ_u or the units of u; None while no mask is active."""
     load: list[float]
     """Fraction of dispatched slots per expert."""
+    utilisation_entropy: float | None = None
+    """Entropy of ``load``, nats: ln E when all experts are used alike."""
     max_vio: float
     """Mean over the interval's batches of max_e load_e / mean load − 1."""
     balancing_loss: dict[str, float]
-    """Auxiliary losses that are on, by Megatron's name, without their coefficients."""
+    """Losses that are on, by Megatron's name, without their coefficients; ``policy_loss`` is the
+    policy's own: the mean router entropy (``top_p``), the load-balanced L1 norm (``relu``)."""
     bias_mean: float | None
     bias_max_abs: float | None
     """The selection bias; None without one."""
-    beta: float | None
-    """β as steered by the budget mode ``mean``; None in the others."""
+    policy: dict[str, float] = {}
+    """What the policy steers: ``beta`` (β, budget mode ``mean``), ``l1_coeff`` (λ of ``relu``)."""
     rows: float
     """Rows computed by experts, all ranks, per optimizer step."""
     trimmed: float = 0.0
     """Slots that ``budget.max_rows_factor`` took away, all ranks, per optimizer step."""
     nonfinite: int
     """Tokens whose energy or entropy was not finite."""
+    flops: float | None = None
+    """Forward and backward FLOPs of the whole layer (attention, router, experts), all ranks, per
+    optimizer step, counted from ``rows``. None where the architecture's sizes are not modelled."""
+    flops_ratio: float | None = None
+    """``flops`` over those of the same layer under Top-K."""
 
 
 class Start(Record):
@@ -106,9 +114,33 @@ class Step(Record):
     seconds_per_step: float
     """Training alone, without validation and checkpoints."""
     tokens_per_second: float
+    tokens_per_step: float | None = None
+    """Tokens of the global batch, mean over the interval."""
+    flops: float | None = None
+    """Forward and backward FLOPs of the whole model, all ranks, per optimizer step: Megatron's
+    count, with the rows that experts computed in place of K per token."""
+    flops_ratio: float | None = None
+    """``flops`` over Megatron's count with K rows per token and MoE layer."""
+    throughput: float | None = None
+    """``flops`` per second and rank, TFLOP/s; Megatron's ``throughput``."""
     k_eff: float | None
     """Mean over MoE layers."""
     layers: list[LayerMetrics]
+
+
+class LayerValidation(BaseModel):
+    """One MoE layer over one validation set."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
+
+    layer: int
+    tokens: int
+    k_eff: float
+    """Experts per token, counted from dispatched slots."""
+    load: list[float]
+    """Fraction of dispatched slots per expert."""
+    max_vio: float
+    """Global MaxVio: max_e load_e / mean load − 1 of the loads over the whole set."""
 
 
 class Validation(Record):
@@ -118,6 +150,80 @@ class Validation(Record):
     step: int
     losses: dict[str, float]
     """Cross-entropy per token by set, nats; its exponential is the perplexity."""
+    layers: dict[str, list[LayerValidation]] = {}
+    """Routing by set."""
+
+
+class Edges(BaseModel):
+    """Equal bins from ``low`` to ``high``; what lies outside is in the first and the last."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
+
+    low: float
+    high: float
+    bins: int
+
+
+class TokenClass(BaseModel):
+    """Tokens of one class in one MoE layer."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
+
+    name: str
+    """``decile_1`` (the rarest token ids) to ``decile_10`` (the most frequent: each decile has a
+    tenth of the training tokens), ``domain_<i>`` (i-th data set of the blend)."""
+    tokens: int
+    energy_mean: float
+    entropy_mean: float
+    k_eff: float
+
+
+class LayerObservation(BaseModel):
+    """One MoE layer at one step; what was not measured at it is None."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
+
+    layer: int
+    """1-based, as Megatron counts; MTP layers follow the others."""
+    tokens: int | None = None
+    """Tokens of the step that the token-level signals below are of, all ranks."""
+    histogram: list[list[int]] | None = None
+    """Tokens by entropy (rows) and energy (columns), in the bins of ``Observation``."""
+    logit_sum_mean: float | None = None
+    logit_sum_std: float | None = None
+    """Σ_e z_e per token: the potential evidence of the paper's appendix G.1."""
+    classes: list[TokenClass] | None = None
+    """None on pipeline stages that never see token ids."""
+    router_norm: float | None = None
+    """Frobenius norm of the router's weight."""
+    router_row_norms: list[float] | None = None
+    """Norm of each expert's row of it."""
+    bias: list[float] | None = None
+    """Selection bias of each expert; None without one."""
+    weight_similarity: float | None = None
+    """Mean cosine similarity of the weights of two experts, over all pairs."""
+    output_similarity: float | None = None
+    """The same of their outputs for the probe batch, mean over tokens."""
+    stability: float | None = None
+    """Jaccard overlap of the experts of a probe token with those at the last probe, mean over
+    tokens; None at the first of a process."""
+    cache_hit_rates: dict[str, float] | None = None
+    """Local routing consistency: by cache size (number of experts), the part of the slots of a
+    segment of the probe batch that its most used experts serve, mean over segments."""
+
+
+class Observation(Record):
+    """Signals that are measured at single steps, after ``step`` optimizer steps."""
+
+    kind: Literal["observation"] = "observation"
+    step: int
+    entropy_bins: Edges | None = None
+    """Of ``LayerObservation.histogram``, nats: 0 … ln E."""
+    energy_bins: Edges | None = None
+    """Likewise, units of the logits."""
+    segment: int | None = None
+    """Tokens of a segment of ``cache_hit_rates``."""
+    layers: list[LayerObservation]
 
 
 class End(Record):
@@ -130,7 +236,7 @@ class End(Record):
     """``finished``, ``SIGTERM``, the error, or why Megatron stopped early."""
 
 
-AnyRecord = Start | Step | Validation | End
+AnyRecord = Start | Step | Validation | Observation | End
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
 
 

@@ -6,9 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from uar_megatron.reporting.schema import End, LayerMetrics, Record, Start, Step, Validation
+from uar_megatron.reporting.schema import (
+    End,
+    LayerMetrics,
+    LayerObservation,
+    Observation,
+    Record,
+    Start,
+    Step,
+    Validation,
+)
 
-_NOT_SCALARS = {"layer", "tokens", "k_histogram", "states", "load", "balancing_loss"}
+_NOT_SCALARS = {"layer", "tokens", "k_histogram", "states", "load", "balancing_loss", "policy"}
 STATES = ("consensus", "ambiguity", "stubborn", "vacuum")
 
 
@@ -91,7 +100,11 @@ def _routing(step: Step) -> str:
     trimmed = sum(m.trimmed for m in step.layers)
     if trimmed:
         parts.append(f"{trimmed:.0f} slots trimmed")
+    if step.flops_ratio is not None:
+        parts.append(f"FLOPs {step.flops_ratio:.3f} × top-k")
     parts.append(f"{step.tokens_per_second / 1000:.1f}k tok/s")
+    if step.throughput is not None:
+        parts.append(f"{step.throughput:.3g} TFLOP/s per rank")
     return "".join(f" | {part}" for part in parts)
 
 
@@ -106,20 +119,48 @@ def _mean(layers: Sequence[LayerMetrics], name: str) -> float:
 def scalars(record: Record) -> dict[str, float]:
     """Return a record's numbers under flat names, for TensorBoard and wandb."""
     if isinstance(record, Validation):
-        return {f"uar/validation_loss/{name}": loss for name, loss in record.losses.items()}
+        values = {f"uar/validation_loss/{name}": loss for name, loss in record.losses.items()}
+        for name, layers in record.layers.items():
+            for m in layers:
+                values[f"uar/validation_max_vio/{name}/layer_{m.layer}"] = m.max_vio
+                values[f"uar/validation_k_eff/{name}/layer_{m.layer}"] = m.k_eff
+        return values
+    if isinstance(record, Observation):
+        return {
+            f"uar/{name}/layer_{layer.layer}": value
+            for layer in record.layers
+            for name, value in _observed(layer).items()
+        }
     if not isinstance(record, Step):
         return {}
-    values = {"uar/tokens_per_second": record.tokens_per_second}
-    if record.k_eff is not None:
-        values["uar/k_eff"] = record.k_eff
+    values = {}
+    for name in ("tokens_per_second", "k_eff", "flops", "flops_ratio", "throughput"):
+        value = getattr(record, name)
+        if value is not None:
+            values[f"uar/{name}"] = float(value)
     for layer in record.layers:
         numbers = layer.model_dump(exclude=_NOT_SCALARS)
-        numbers |= layer.balancing_loss
-        numbers |= dict(zip(STATES, layer.states, strict=True))
+        numbers |= layer.balancing_loss | layer.policy
+        numbers |= dict(zip(STATES, layer.states, strict=False))
         for name, value in numbers.items():
             if value is not None:
                 values[f"uar/{name}/layer_{layer.layer}"] = float(value)
     return values
+
+
+_OBSERVED = (
+    *("logit_sum_mean", "logit_sum_std", "router_norm"),
+    *("weight_similarity", "output_similarity", "stability"),
+)
+
+
+def _observed(layer: LayerObservation) -> dict[str, float]:
+    numbers = {name: getattr(layer, name) for name in _OBSERVED}
+    numbers |= {f"cache_hit_rate_{n}": hit for n, hit in (layer.cache_hit_rates or {}).items()}
+    for group in layer.classes or ():
+        for name in ("energy_mean", "entropy_mean", "k_eff"):
+            numbers[f"{name}/{group.name}"] = getattr(group, name)
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 class TensorBoardSink:

@@ -1,0 +1,139 @@
+"""The model of activation memory against what a real forward leaves allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_model import Allocations, build, count_rows, forget_score_buffer, forward
+
+from uar_megatron.config import UARConfig
+from uar_megatron.mcore.policies import layer_policies
+from uar_megatron.planning.activations import Rows, implementation_of, score_buffer_bytes
+from uar_megatron.planning.experts_per_token import layers_of
+from uar_megatron.planning.layout import layout_of
+from uar_megatron.planning.memory import RankMemory, stage_memory
+from uar_megatron.planning.state import precision_of
+from uar_megatron.shape import shape_of
+
+pytestmark = pytest.mark.usefixtures("model_parallel")
+
+UAR = ("uar.policy=uar", "uar.budget.beta=2.5")
+CASES: dict[str, tuple[str, ...]] = {
+    "top-k": ("uar.policy=topk",),
+    "variable k": UAR,
+    "many experts, softmax first": (*UAR, "num_experts=64", "moe_router_pre_softmax=true"),
+    "larger micro-batch": (
+        *UAR,
+        "micro_batch_size=4",
+        "seq_length=64",
+        "max_position_embeddings=64",
+    ),
+    "grouped queries, untied": (
+        *(*UAR, "num_attention_heads=4", "group_query_attention=true", "num_query_groups=2"),
+        "untie_embeddings_and_output_weights=true",
+    ),
+    "k = 4, mode exact": (
+        *("uar.policy=uar", "uar.budget.mode=exact", "uar.budget.target_mean_k=4"),
+        "uar.budget.k_max=8",
+    ),
+    "bf16": (*UAR, "bf16=true", "moe_router_dtype=fp32", "uar.bias.enabled=true"),
+    "fused SwiGLU, shared expert": (
+        *(*UAR, "bf16=true", "no_bias_swiglu_fusion=false"),
+        "moe_shared_expert_intermediate_size=24",
+    ),
+    "gelu, LayerNorm, dropout, learned positions": (
+        *("swiglu=false", "normalization=LayerNorm", "hidden_dropout=0.1"),
+        *("attention_dropout=0.1", "position_embedding_type=learned_absolute"),
+    ),
+    "sigmoid, grouped GEMM": (
+        *(*UAR, "moe_grouped_gemm=true", "moe_router_score_function=sigmoid"),
+    ),
+    "kernels": (*UAR, "uar.kernel_backend=triton", "num_experts=32"),
+    "all layers with experts": (*UAR, "moe_layer_freq=1"),
+    "recomputed core attention and MoE": (
+        *(*UAR, "recompute_granularity=selective", "recompute_modules=[core_attn,moe]"),
+    ),
+    "recomputed dense MLP": (
+        *(*UAR, "recompute_granularity=selective", "recompute_modules=[mlp]"),
+    ),
+    "recomputed layers": (
+        *(*UAR, "recompute_granularity=full", "recompute_method=uniform"),
+        "recompute_num_layers=1",
+    ),
+    "two recomputed layers of a block": (
+        *(*UAR, "recompute_granularity=full", "recompute_method=block"),
+        "recompute_num_layers=2",
+    ),
+}
+
+
+PEAKS: dict[str, tuple[str, ...]] = {
+    "rows": (*UAR, "uar.budget.k_min=4", "moe_layer_freq=1"),
+    "logits": (*UAR, "bf16=true", "vocab_size=4096"),
+    "recomputed layers": (
+        *(*UAR, "bf16=true", "moe_layer_freq=1", "num_layers=6"),
+        *("recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1"),
+    ),
+    "recomputed MoE": (
+        *(*UAR, "num_layers=6", "moe_layer_freq=1"),
+        *("recompute_granularity=selective", "recompute_modules=[moe]"),
+    ),
+}
+
+
+def plan_of(args: Any, uar: UARConfig, rows: list[int]) -> RankMemory:
+    """The plan's memory of a micro-batch whose experts got these rows."""
+    shape = shape_of(args)
+    layout = layout_of(args, shape, 1, 8)
+    routing = {"auto": "torch", "triton": "kernels"}[uar.kernel_backend]
+    how = implementation_of(args, "stock" if uar.policy == "topk" else routing)
+    ks = layers_of(uar, shape, layer_policies(uar, args))
+    numbers = [layer for layer, is_moe in enumerate(shape.is_moe) if is_moe]
+    rows_of_layer = {
+        layer: Rows(layout.routed_tokens, k.k_max, count, count)
+        for layer, k, count in zip(numbers, ks, rows, strict=True)
+    }
+    return stage_memory(shape, how, layout, precision_of(args), 0, rows_of_layer, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_activations_are_those_of_a_real_forward(case: str, tmp_path: Path) -> None:
+    experiment, args, model = build(tmp_path, *CASES[case])
+    rows = count_rows(model)
+    forward(model, args).backward()  # buffers of metrics and statistics are there from now on
+    forget_score_buffer()
+    rows.clear()
+    with Allocations(apart_from=model) as allocations:
+        loss = forward(model, args, seed=1)
+        measured = allocations.live_bytes()
+    shape = shape_of(args)
+    how = implementation_of(args, "torch")
+    buffer = score_buffer_bytes(shape, how, layout_of(args, shape, 1, 8))
+    planned = sum(plan_of(args, experiment.uar, rows).activations.values()) + buffer
+    print(f"{case}: planned {planned:.0f}, measured {measured}: {planned / measured - 1:+.2%}")
+    assert planned == pytest.approx(measured, rel=0.03)
+    del loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PEAKS)
+def test_planned_peak_is_that_of_a_real_forward_and_backward(case: str, tmp_path: Path) -> None:
+    experiment, args, model = build(tmp_path, *PEAKS[case])
+    rows = count_rows(model)
+    forward(model, args).backward()
+    forget_score_buffer()
+    for parameter in model.parameters():
+        if parameter.grad is None:  # of an expert that got no row
+            parameter.grad = torch.zeros_like(parameter)
+    rows.clear()
+    with Allocations(apart_from=model, finds_peak=True) as allocations:
+        forward(model, args, seed=1).backward()
+    memory = plan_of(args, experiment.uar, rows[: sum(shape_of(args).is_moe)])
+    planned, measured = sum(memory.activations.values()) + memory.passing, allocations.peak
+    print(
+        f"peak, {case}: planned {planned:.0f}, measured {measured}: {planned / measured - 1:+.2%}"
+    )
+    assert planned == pytest.approx(measured, rel=0.1)

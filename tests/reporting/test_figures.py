@@ -1,0 +1,62 @@
+"""Figures from made-up runs: small, large, several, and with parts missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import planted
+import pytest
+from records import start, step, validation
+
+from uar_megatron.reporting import figures
+from uar_megatron.reporting.figures import FIGURES, write_figures
+from uar_megatron.reporting.runlog import Run
+from uar_megatron.reporting.view import View, load_views
+
+
+def view(run: Run, label: str = "made up") -> View:
+    return View(label, Path("run.jsonl"), run, len(run.steps), [])
+
+
+def test_every_figure_of_two_runs(tmp_path: Path) -> None:
+    one = planted.write(tmp_path / "one", planted.records(steps=60, observe=20))
+    other = planted.write(tmp_path / "other", planted.records(steps=60, observe=0, name="$a^{b$"))
+    written, left_out = write_figures(load_views([one, other]), tmp_path / "figures")
+    assert {path.stem for path in written} == set(FIGURES)
+    assert left_out == {}
+    for path in written:
+        assert path.stat().st_size > 5_000
+        assert path.with_suffix(".svg").stat().st_size > 5_000
+    assert len(list((tmp_path / "figures").iterdir())) == 2 * len(written)
+
+
+@pytest.mark.parametrize(("steps", "layers"), [(1, 1), (3, 0), (120, 30)])
+def test_small_and_deep_runs(steps: int, layers: int, tmp_path: Path) -> None:
+    run = Run(
+        starts=[start(0), start(steps // 2)],
+        steps=[step(i, layers=layers) for i in range(1, steps + 1)],
+        validations=[validation(steps, a=2.0, b=3.0)],
+    )
+    written, left_out = write_figures([view(run)], tmp_path)
+    assert "uar report RUN RUN" in left_out["expert_counts"]
+    assert ("uar.observe" if layers else "no MoE layer") in left_out["signals"]
+    expected = {"overview", "stability"} if not layers else set(FIGURES) - set(left_out)
+    assert {path.stem for path in written} == expected
+
+
+def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
+    written, left_out = write_figures([view(Run(starts=[start(0)]))], tmp_path / "figures")
+    assert written == []
+    assert "first logging interval" in left_out["overview"]
+    assert not (tmp_path / "figures").exists()
+
+
+def test_the_same_log_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: FIGURES[name] for name in ("overview", "plane")}
+    monkeypatch.setattr(figures, "FIGURES", few)
+    run = planted.write(tmp_path / "run", planted.records(steps=30, observe=0))
+    first, _ = write_figures(load_views([run]), tmp_path / "a")
+    again, _ = write_figures(load_views([run]), tmp_path / "b")
+    for one, other in zip(first, again, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+        assert one.with_suffix(".svg").read_bytes() == other.with_suffix(".svg").read_bytes()

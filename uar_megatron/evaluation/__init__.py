@@ -1,0 +1,1 @@
+"""Checkpoints at work: log-likelihoods, benchmarks, perplexity, with the routing they trained."""

@@ -1,0 +1,1 @@
+"""Checkpoints taken to HuggingFace's layout, and back."""

@@ -1,0 +1,1 @@
+"""Jobs on several nodes: fills in and submits the scripts of ``launch/``."""

@@ -1,0 +1,146 @@
+"""From an experiment to its plan: what ``uar plan`` does. Needs no GPU, tokenizer or data."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+from uar_megatron.errors import ConfigError
+from uar_megatron.experiment import Experiment
+from uar_megatron.flops import layers_with_experts
+from uar_megatron.planning.activations import implementation_of
+from uar_megatron.planning.experts_per_token import layers_of, within_capacity
+from uar_megatron.planning.hardware import Hardware
+from uar_megatron.planning.job import Job
+from uar_megatron.planning.layout import layout_of
+from uar_megatron.planning.load import EVEN, Imbalance, dirichlet, replay
+from uar_megatron.planning.state import precision_of
+from uar_megatron.planning.step_time import overlap_of
+from uar_megatron.policies import RoutingPolicy
+from uar_megatron.shape import ModelShape, shape_of
+
+_NOT_MODELLED = (
+    "moe_latent_size",
+    "fp8",
+    "fp4",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "use_precision_aware_optimizer",
+    "optimizer_cpu_offload",
+    "cpu_offloading_num_layers",
+    "hybrid_layer_pattern",
+    "heterogeneous_layers_config_path",
+)
+
+
+def job_of(
+    experiment: Experiment,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    gpus_per_node: int = 8,
+    mfu: float,
+    tokens: float | None = None,
+    load: Path | None = None,
+    concentration: float | None = None,
+) -> Job:
+    """Return what is planned for an experiment.
+
+    Args:
+        experiment: the composed configuration.
+        gpus: ranks.
+        hardware: their kind.
+        gpus_per_node: of a node.
+        mfu: fraction of the peak that matrix products reach.
+        tokens: the budget; None for that of ``train_iters`` or ``train_samples``.
+        load: run log whose loads are replayed.
+        concentration: of a Dirichlet distribution of expert loads.
+
+    Raises:
+        UARError: the configuration or an option cannot be, or is not modelled.
+    """
+    args, routing, policies = _megatron(experiment)
+    shape = shape_of(args)
+    layout = layout_of(args, shape, gpus, gpus_per_node)
+    factor = args.moe_expert_capacity_factor
+    layers = within_capacity(
+        layers_of(experiment.uar, shape, policies),
+        factor,
+        shape.topk,
+        is_padded=args.moe_pad_expert_input_to_capacity,
+    )
+    if tokens is None:
+        sequences = args.train_samples or (args.train_iters or 0) * layout.global_batch
+        tokens = sequences * layout.seq_length or None
+    return Job(
+        shape=shape,
+        how=implementation_of(args, routing),
+        layout=layout,
+        precision=precision_of(args),
+        overlap=overlap_of(args),
+        hardware=hardware,
+        mfu=mfu,
+        layers=layers,
+        imbalance=_imbalance(shape, layout.expert, load, concentration),
+        capacity_factor=factor,
+        tokens=tokens,
+    )
+
+
+def _imbalance(
+    shape: ModelShape, ranks: int, load: Path | None, concentration: float | None
+) -> list[Imbalance]:
+    layers = sum(layers_with_experts(shape))
+    if load is not None and concentration is not None:
+        raise ConfigError("--load", "given together with --dirichlet", remedy="keep one of the two")
+    if load is not None:
+        return replay(load, shape.experts, ranks, layers)
+    if concentration is not None:
+        return [dirichlet(concentration, shape.experts, ranks)] * layers
+    return [EVEN] * layers
+
+
+def _megatron(
+    experiment: Experiment,
+) -> tuple[argparse.Namespace, str, list[RoutingPolicy]]:
+    """Megatron's parsed arguments, who routes on the machine that will train, and how."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")  # about libraries that this machine does not have
+        from uar_megatron.mcore.arguments import megatron_parser, to_argv
+        from uar_megatron.mcore.compatibility import check_compatible, is_off
+        from uar_megatron.mcore.kernels import unknown_setting
+        from uar_megatron.mcore.policies import layer_policies
+
+        args = megatron_parser().parse_args(to_argv(experiment.megatron))
+    _check_modelled(args)
+    uar = experiment.uar
+    # Whether kernels can run is not this machine's matter.
+    check_compatible(uar.model_copy(update={"kernel_backend": "torch"}), args)
+    policies = layer_policies(uar, args)
+    if is_off(uar, args):
+        return args, "stock", policies
+    is_on_gpu = experiment.launch.device == "cuda" and uar.kernel_backend == "auto"
+    has_kernels = is_on_gpu or uar.kernel_backend == "triton"
+    has_kernels = has_kernels and unknown_setting(uar, args) is None
+    return args, "kernels" if has_kernels else "torch", policies
+
+
+def _check_modelled(args: argparse.Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if getattr(args, name) is None:
+            raise ConfigError(name, "is missing", remedy=f"set {name}")
+    if args.moe_token_dispatcher_type != "alltoall":
+        raise ConfigError(
+            "moe_token_dispatcher_type",
+            f"traffic and buffers of {args.moe_token_dispatcher_type} are not modelled",
+            allowed="alltoall",
+            remedy="plan with moe_token_dispatcher_type=alltoall",
+        )
+    if args.optimizer != "adam":
+        raise ConfigError("optimizer", f"{args.optimizer} is not modelled", allowed="adam")
+    for name in _NOT_MODELLED:
+        if getattr(args, name, None):
+            raise ConfigError(name, "is not modelled", remedy=f"plan without {name}")

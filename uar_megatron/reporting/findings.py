@@ -1,0 +1,103 @@
+"""What in a run deserves a look: plain rules over the logged numbers, each with its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from uar_megatron.reporting.runlog import Run
+from uar_megatron.reporting.series import Array, Series, mean
+
+_VACUUM = 0.5
+_BIAS = 0.5
+_COLLAPSE = 5.0
+_LATE = 0.25
+"""Part of the run that "late" means."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at.
+
+    Attributes:
+        kind: the rule.
+        layers: the layers it holds for; empty for the whole run.
+        text: what was seen, with numbers.
+    """
+
+    kind: Literal["vacuum", "bias", "load", "nonfinite", "skipped"]
+    layers: tuple[int, ...]
+    text: str
+
+
+def find(run: Run, series: Series) -> list[Finding]:
+    """Look at a run by every rule.
+
+    ``vacuum``: over half of a layer's tokens are in state IV in the last quarter. ``bias``: the
+    largest bias passes 0.5 (scores are 0 to 1, so it overrules them) and still grew by a quarter of
+    itself, well beyond its noise, in the second half. ``load``: MaxVio above 5 in the last quarter.
+    ``nonfinite``: tokens with an energy or entropy that is not finite. ``skipped``: steps that the
+    optimizer left out.
+    """
+    if not series.steps:
+        return []
+    found = []
+    if series.layers:
+        late = max(1, round(_LATE * len(series.steps)))
+        vacuum = mean(series.states()[-late:, :, 3], 0)
+        found += _over(series, vacuum, _VACUUM, "vacuum", "{:.0%} of the tokens are in state IV")
+        found += _bias(series)
+        load = mean(series.of_layer("max_vio")[-late:], 0)
+        found += _over(series, load, _COLLAPSE, "load", "MaxVio is {:.1f}")
+        count = np.nansum(series.of_layer("nonfinite"), axis=0)
+        found += _over(series, count, 0.5, "nonfinite", "{:.0f} tokens were not finite")
+    skipped = sum(s.skipped for s in run.steps)
+    if skipped:
+        found.append(Finding("skipped", (), f"The optimizer skipped {skipped} steps."))
+    return found
+
+
+_TITLES = {
+    "vacuum": "Cognitive vacuum in the last quarter of the run",
+    "bias": "The selection bias runs away",
+    "load": "Load is far from balanced in the last quarter of the run",
+    "nonfinite": "Energy or entropy is not finite",
+}
+
+
+def _over(
+    series: Series,
+    values: Array,
+    limit: float,
+    kind: Literal["vacuum", "bias", "load", "nonfinite"],
+    shown: str,
+) -> list[Finding]:
+    """One finding for all layers above a limit."""
+    layers = tuple(n for n, v in zip(series.layers, values, strict=True) if v > limit)
+    if not layers:
+        return []
+    numbers = dict(zip(series.layers, values, strict=True))
+    worst = max(layers, key=lambda n: numbers[n])
+    text = f"{_TITLES[kind]}: in layer {worst}, " + shown.format(numbers[worst])
+    if len(layers) > 1:
+        others = "all" if len(layers) == len(series.layers) else str(len(layers))
+        text += f"; {others} of {len(series.layers)} layers"
+        text = text.replace("; all of", "; all")
+    return [Finding(kind, layers, text + ".")]
+
+
+def _bias(series: Series) -> list[Finding]:
+    bias = series.of_layer("bias_max_abs")
+    points = len(bias)
+    if points < 8 or not np.isfinite(bias).any():
+        return []
+    width = max(1, points // 20)
+    middle = mean(bias[points // 2 - width // 2 : points // 2 + width - width // 2], 0)
+    final = mean(bias[-width:], 0)
+    steps = np.abs(np.diff(bias, axis=0))
+    noise = np.nan_to_num(np.median(steps, axis=0)) / np.sqrt(width)
+    grew = final - middle
+    values = np.where((grew > 0.25 * final) & (grew > 6 * noise), final, 0.0)
+    return _over(series, values, _BIAS, "bias", "the largest bias reached {:.2f} and still grows")
