@@ -65,6 +65,17 @@ def test_layers_have_their_own_figures(args: argparse.Namespace) -> None:
     assert second["flops_ratio"] == second["flops"] / first["flops"]
 
 
+def test_gates_count_whatever_the_activation(args: argparse.Namespace) -> None:
+    """Megatron counts two products for quick GEGLU, which has three like SwiGLU."""
+    log, same = record(4.0 * TOKENS, 5.0, 6.0), record(4.0 * TOKENS, 5.0, 6.0)
+    CountedFlops(args).add_to(log)
+    args.swiglu, args.quick_geglu = False, True
+    CountedFlops(args).add_to(same)
+    for name in ("flops", "flops_ratio", "throughput"):
+        assert same[name] == pytest.approx(log[name], rel=1e-12)
+    assert same["layers"] == log["layers"]
+
+
 def test_sizes_that_are_not_modelled_leave_the_total(args: argparse.Namespace) -> None:
     args.multi_latent_attention = True
     log = record(4.0 * TOKENS, 3.0 * TOKENS, 3.0 * TOKENS)

@@ -110,6 +110,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "moe_router_score_function",
     ),
     ({"policy": "relu"}, NO_LOSS, "moe_router_pre_softmax"),
+    ({"policy": "sinkhorn_selective"}, RELU, "moe_router_pre_softmax"),
     ({"policy": "relu", "budget": {"target_mean_k": 9}}, RELU, "uar.budget.target_mean_k"),
     ({"policy": "seq_topk", "budget": {"target_mean_k": 5}}, {}, "uar.budget.target_mean_k"),
     (

@@ -21,8 +21,10 @@ from moe_cases import (
 )
 from policy_cases import CASES, NO_LOSS, section
 
+from uar_megatron.config import UARConfig
 from uar_megatron.mcore import step as step_module
 from uar_megatron.mcore.moe_layer import UARMoELayer
+from uar_megatron.mcore.policies import layer_policies
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.step import StepBoundary, commit
 from uar_megatron.metrics import _INDEX, POLICY_LOSS, LayerMetrics, describe
@@ -114,6 +116,14 @@ def test_every_slot_is_computed_once_with_its_own_weight(
     assert log["k_histogram"] == pytest.approx(histogram)
     if tokens > 1 and layer.router.policy.fixed_k is None:
         assert len(set(k.tolist())) > 1, "the case does not vary k"
+
+
+@pytest.mark.parametrize(("frequency", "layers"), [([0, 1, 1, 0], 2), ([0, 1, 0, 1], 4), (1, 6)])
+def test_a_policy_knows_the_layers_with_experts(frequency: Any, layers: int) -> None:
+    """MTP layers are built like the last decoder layer."""
+    config = transformer_config(num_layers=4, moe_layer_freq=frequency, mtp_num_layers=2)
+    (first, *_) = layer_policies(UARConfig.model_validate(section("topk")), config)
+    assert first.settings.num_moe_layers == layers
 
 
 @pytest.mark.parametrize("name", POLICIES)

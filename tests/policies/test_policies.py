@@ -206,6 +206,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "uar.policy",
     ),
+    "sinkhorn, weights that do not sum to one": (
+        {"policy": "sinkhorn_selective"},
+        {"pre_softmax": True},
+        "moe_router_pre_softmax",
+    ),
 }
 
 

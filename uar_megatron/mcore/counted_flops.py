@@ -15,7 +15,8 @@ class CountedFlops:
     """Counts the FLOPs of a run from its step records.
 
     The model's total is Megatron's own, so that all it knows (latent attention, multi-token
-    prediction, …) stays, plus the rows of routed experts beyond K per token. A layer's figures are
+    prediction, …) stays, plus the rows of routed experts beyond K per token, and plus the gates of
+    ``quick_geglu``, which Megatron counts for SwiGLU alone (training.py:610). A layer's figures are
     of ``uar_megatron.flops``, which counts the router too.
 
     Args:
@@ -30,6 +31,12 @@ class CountedFlops:
             args.moe_ffn_hidden_size or args.ffn_hidden_size,
             args.swiglu or args.quick_geglu,
         )
+        # Per token, whatever its experts.
+        self._gate_flops = 0.0
+        if args.quick_geglu and not args.swiglu:
+            gated = argparse.Namespace(**vars(args) | {"swiglu": True})
+            gates = self._static_flops(gated, 1) - self._static_flops(args, 1)
+            self._gate_flops = gates / args.seq_length
         # Of all MoE layers together, per token, beyond K; what the last record says.
         self._more_rows = 0.0
         self._shape: ModelShape | None
@@ -41,12 +48,12 @@ class CountedFlops:
     def correction(self, tokens: float) -> float:
         """FLOPs beyond Megatron's static count of a step, at the rows per token last counted.
 
-        Before the first record there are none. Every rank has the same ones.
+        Before the first record rows are K per token. Every rank has the same ones.
 
         Args:
             tokens: of the step's global batch.
         """
-        return self._more_rows * tokens * self._row_flops
+        return tokens * (self._more_rows * self._row_flops + self._gate_flops)
 
     def add_to(self, record: dict[str, Any]) -> None:
         """Add FLOPs to a step record and its layers, and take note of its rows.
@@ -59,9 +66,10 @@ class CountedFlops:
         self._more_rows = rows - self.args.moe_router_topk * len(layers)
         static = self._static_flops(self.args, tokens / self.args.seq_length)
         flops = static + self.correction(tokens)
+        top_k = static + tokens * self._gate_flops
         seconds = max(record["seconds_per_step"], 1e-9)
         record["flops"] = flops
-        record["flops_ratio"] = flops / static
+        record["flops_ratio"] = flops / top_k
         record["throughput"] = flops / (seconds * 1e12 * self.args.world_size)
         if self._shape is None:
             return

@@ -11,6 +11,7 @@ from uar_megatron.mcore.compat import topk_routing_with_score_function
 from uar_megatron.mcore.depth import layer_budget, moe_layers
 from uar_megatron.policies import RouterSettings, RoutingPolicy, find_policy
 from uar_megatron.policies.base import FixedTopK
+from uar_megatron.shape import moe_pattern
 
 
 def router_settings(
@@ -32,6 +33,7 @@ def router_settings(
         device: where state lives.
         fixed_topk: Megatron's routing with all of its options.
     """
+    pattern = moe_pattern(config)
     return RouterSettings(
         num_experts=num_experts(config),
         topk=config.moe_router_topk,
@@ -40,7 +42,8 @@ def router_settings(
         scaling_factor=config.moe_router_topk_scaling_factor,
         num_groups=config.moe_router_num_groups,
         group_topk=config.moe_router_group_topk,
-        num_moe_layers=len(moe_layers(config)) + (config.mtp_num_layers or 0),
+        # MTP layers are built like the last decoder layer (gpt_layer_specs.py:769).
+        num_moe_layers=sum(pattern + pattern[-1:] * (config.mtp_num_layers or 0)),
         uar=uar,
         fixed_topk=fixed_topk,
         budget=layer_budget(uar, config, layer_number, is_mtp_layer),

@@ -43,10 +43,10 @@ def find_policy(name: str) -> type[RoutingPolicy]:
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of somebody else's raises
         raise ConfigError(
             "uar.policy",
-            f"{name!r} cannot be imported: {error}",
+            f"{name!r} cannot be imported: {type(error).__name__}: {error}",
             remedy="name a module that Python finds on every rank (PYTHONPATH, or the folder that "
             "the job starts in) and a class in it",
         ) from error

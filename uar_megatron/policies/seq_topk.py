@@ -23,7 +23,8 @@ class SeqTopKPolicy(RoutingPolicy):
     - K is ``uar.budget.target_mean_k``; its product with the tokens is rounded.
     - Pairs are ranked by the score over all experts (plus the bias), also with a softmax after the
       selection: logits of different tokens cannot be compared.
-    - Of equal scores the earlier token's, then the lower expert's is taken.
+    - Of equal scores the earlier token's, then the lower expert's is taken. (Equal logits may have
+      sigmoids that differ in the last bit, on a CPU by their place.)
     - A sequence is ``uar.budget.segment`` tokens of it, or what this rank has of it. Padding counts
       as tokens.
     - Later tokens take experts from earlier ones, in training and in evaluation alike. Generation

@@ -32,6 +32,8 @@ class SelectiveSinkhornPolicy(RoutingPolicy):
       exp((C_e)/ξ + log v_e) up to a factor that normalising takes out, so the weights are a softmax
       over the selected C/ξ + log v.
     - Marginals are those of this rank's micro-batch, so they depend on the layout.
+    - Weights of all steps sum to one: a softmax over all experts (``moe_router_pre_softmax``) would
+      leave those of the other steps smaller, by ten times and more with many experts.
     """
 
     own_balance = "selective Sinkhorn routing balances loads by its transport plan, without a loss"
@@ -43,6 +45,12 @@ class SelectiveSinkhornPolicy(RoutingPolicy):
                 "uar.policy",
                 "sinkhorn_selective with weights other than Megatron's softmax",
                 allowed="moe_router_score_function=softmax with uar.weights=megatron",
+            )
+        if settings.use_pre_softmax:
+            raise ConfigError(
+                "moe_router_pre_softmax",
+                "weights that do not sum to one with sinkhorn_selective, whose plan's do",
+                allowed="false",
             )
         settings.refuse_groups("sinkhorn_selective")
         self.max_k = self.fixed_k = settings.topk
