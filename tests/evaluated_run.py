@@ -91,9 +91,10 @@ def shared_run(factory: pytest.TempPathFactory) -> Path:
         folder = folder.parent
     folder = folder / "evaluated"
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "record.pt").exists():
+        if not (folder / "trained").exists():
             folder.mkdir(exist_ok=True)
             train(folder)
+            (folder / "trained").touch()
     return folder / "run"
 
 

@@ -20,11 +20,12 @@ import torch.distributed.checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from uar_megatron.reporting.runlog import read_run
+from uar_megatron.reporting.runlog import NoRecordError, read_run
 
 TESTS = Path(__file__).parent
 TINY = TESTS / "tiny.yaml"
 TIMEOUT = 900
+"""Seconds, on a machine that is busy with other things, after which a process hangs."""
 UNSAVED = ("save=null", "load=null", "tensorboard_dir=null")
 """For trainings whose run log is all that is looked at. Megatron has the results of writing a
 checkpoint collected by a process per rank, which imports torch for that: 4 s of processor time."""
@@ -119,6 +120,14 @@ def train_arguments(nproc: int, run_dir: Path, *overrides: str) -> list[str]:
 def losses(run_dir: Path) -> dict[int, float]:
     """The loss of each step in a run log."""
     return {step.step: step.loss for step in read_run(run_dir / "run.jsonl").steps}
+
+
+def steps_so_far(log: Path) -> list[int]:
+    """The steps in the log of a run that has perhaps not written its first record yet."""
+    try:
+        return [step.step for step in read_run(log).steps]
+    except NoRecordError:
+        return []
 
 
 def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

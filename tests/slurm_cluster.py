@@ -23,7 +23,7 @@ from pathlib import Path
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "srun")
 HOSTS = Path("/etc/hosts")
-MARK = "# uar-megatron tests"
+MARK = f"# uar-megatron tests {os.getpid()}"
 
 CONFIGURATION = """\
 ClusterName=tests
@@ -33,7 +33,11 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # The default of 120 s is how long every requeue would take.
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket,cred_expire=15
+# The port of a job's ranks comes from its number, and sessions may share a machine.
+FirstJobId={first}
+MessageTimeout=60
+BatchStartTimeout=120
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -46,8 +50,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=requeue_delay=1,batch_sched_delay=0,sched_interval=2
 ReturnToService=2
-KillWait=20
-MinJobAge=600
+KillWait=120
+MinJobAge=3600
 SlurmctldTimeout=300
 SlurmdTimeout=300
 StateSaveLocation={folder}/state
@@ -89,7 +93,6 @@ def install() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
         )
         if done.returncode and command[0] == "install":
             raise NoSlurmError(f"apt-get install {' '.join(PACKAGES)}: {done.stdout[-500:]}")
@@ -188,10 +191,9 @@ class SlurmCluster:
         return False
 
     def _name_nodes(self) -> None:
-        names = [name for name in self.nodes if not _resolves(name)]
-        if names:
-            with HOSTS.open("a") as hosts:
-                hosts.write(f"127.0.0.1 {' '.join(names)} {MARK}\n")
+        # Whatever there is already: another session's line goes when that session ends.
+        with HOSTS.open("a") as hosts:
+            hosts.write(f"127.0.0.1 {' '.join(self.nodes)} {MARK}\n")
 
 
 @contextlib.contextmanager
@@ -208,12 +210,6 @@ def cluster(folder: Path, nodes: int) -> Iterator[SlurmCluster]:
         yield running
     finally:
         running.stop()
-
-
-def _resolves(name: str) -> bool:
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(name).startswith("127.")
-    return False
 
 
 def _wait_until(condition: object, what: str, seconds: float = 60) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import TINY, environment, torchrun, train_arguments
+from jobs import TIMEOUT, TINY, environment, torchrun, train_arguments
 
 from uar_megatron.data.build import build_dataset
 from uar_megatron.errors import (
@@ -65,7 +65,7 @@ def uar(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
     )
 
 

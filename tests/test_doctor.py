@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import TINY, environment
+from jobs import TIMEOUT, TINY, environment
 
 from uar_megatron.doctor import examine
 
@@ -24,7 +24,7 @@ def doctor(*arguments: str, **variables: str) -> tuple[int, dict[str, Any]]:
         env=environment() | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
     )
     report = json.loads(result.stdout)
     assert report["ok"] == (result.returncode == 0)

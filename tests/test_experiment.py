@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -140,6 +140,7 @@ OPEN = {("policy",): str, ("options",): dict}
     path=st.sampled_from(leaves(UARConfig)),
     value=st.one_of(st.just(float("nan")), st.just(["x"]), st.just({"a": 1}), st.just("nonsense")),
 )
+@settings(deadline=None)
 def test_any_field_refuses_nonsense_under_its_own_name(
     path: tuple[str, ...], value: object
 ) -> None:

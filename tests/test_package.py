@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import environment
+from jobs import TIMEOUT, environment
 
 
 def test_config_reference_is_current(repository: Path) -> None:
@@ -50,7 +50,7 @@ def test_wheel_works_outside_the_repository(repository: Path, tmp_path: Path) ->
             env=environment() | {"PYTHONPATH": str(site)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=TIMEOUT,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         if command[0] == "-c":

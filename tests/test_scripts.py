@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import TIMEOUT
 
 from uar_megatron.data.bpe import train_bpe
 from uar_megatron.data.readers import DocumentReader
@@ -54,7 +55,7 @@ def test_a_megatron_test_passes_if_it_does_on_every_rank(script: Any, tmp_path: 
     (tmp_path / "test_some.py").write_text(MEGATRON_TESTS)
     (tmp_path / "test_slow.py").write_text(SLOW_TEST)
     outcomes = script("megatron_unit_tests").outcomes
-    assert outcomes(tmp_path, tmp_path / "test_some.py", 2, "stock", 120) == {
+    assert outcomes(tmp_path, tmp_path / "test_some.py", 2, "stock", TIMEOUT) == {
         "test_some::test_passes": "passed",
         "test_some::test_fails_on_rank_1": "failure",
     }

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import environment
+from jobs import TIMEOUT, environment
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, processors
 
@@ -180,7 +180,7 @@ def test_the_script_tells_how_to_train(
     command = [sys.executable, "scripts/prepare_data.py", f"{tmp_path}/*.jsonl", "--workers", "2"]
     command += ["-o", f"{tmp_path / 'data'}", "-t", f"tiktoken:{path}"]
     result = subprocess.run(
-        command, cwd=repository, env=environment(), capture_output=True, text=True, timeout=120
+        command, cwd=repository, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
     )
     assert result.returncode == 0, result.stderr
     described, train_with = result.stdout.splitlines()
@@ -193,7 +193,7 @@ def test_the_script_tells_how_to_train(
 
 def open_when_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
     """Open a named pipe for writing as soon as the other process reads from it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while reader.poll() is None and time.monotonic() < deadline:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
@@ -214,7 +214,7 @@ def test_a_stopped_build_leaves_nothing(repository: Path, tmp_path: Path) -> Non
         process.terminate()
         # A signal that comes just before a read waits until that read has ended; end it.
         os.close(writer)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=TIMEOUT) == 128 + signal.SIGTERM
     finally:
         process.kill()
     assert list(tmp_path.iterdir()) == [pipe]

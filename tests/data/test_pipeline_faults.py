@@ -21,7 +21,7 @@ import pytest
 import yaml
 import zstandard
 from corpora import EOD, as_text, build, contents, put_shard, put_sources, random_texts, recipe
-from jobs import environment
+from jobs import TIMEOUT, environment
 from typer.testing import CliRunner
 
 from uar_megatron.cli import app
@@ -110,7 +110,7 @@ def kill_group(process: subprocess.Popen[bytes], after: float) -> None:
 
 @pytest.mark.slow
 def test_the_command_with_two_workers_killed_as_a_group(tmp_path: Path) -> None:
-    put_sources(tmp_path / "in", documents=2000)
+    put_sources(tmp_path / "in", documents=6000)
     sources = [{"name": name, "paths": [name]} for name in ("web", "code")]
     values = {"tokenizer": "bytes", "root": str(tmp_path / "in"), "sources": sources}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
@@ -130,12 +130,12 @@ def test_the_command_with_two_workers_killed_as_a_group(tmp_path: Path) -> None:
     build(Recipe.model_validate(values), tmp_path / "whole")
     parts = tmp_path / "out" / "parts"
     process = start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while not list(parts.glob("*/*.done")) and time.monotonic() < deadline:
         time.sleep(0.01)
     kill_group(process, 0.01)
     assert 0 < len(list(parts.glob("*/*.done"))) < 8
-    assert start().wait(timeout=120) == 0
+    assert start().wait(timeout=TIMEOUT) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -288,7 +288,7 @@ def context_and_expert_parallel() -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     for name in sys.argv[1:]:
         globals()[name]()
     dist.barrier()

@@ -258,7 +258,7 @@ def check_layout(variant: Variant, layout: Layout) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     for layout in LAYOUTS[dist.get_world_size()]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,

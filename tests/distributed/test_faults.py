@@ -36,7 +36,7 @@ OPTIONS = (
     "train_iters=12",
     "save_interval=4",
 )
-BOUND = 90  # seconds within which a job must end, on a machine that is busy
+BOUND = 300  # seconds within which a job must end, on a machine that is busy; Megatron's are 600
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ class Job:
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         children = psutil.Process(self.process.pid).children()
-        process = next(c for c in children if c.environ().get("RANK") == str(rank))
+        process = next(c for c in children if _rank_of(c) == str(rank))
         helpers = process.children(recursive=True)
         process.send_signal(number)
         if number is signal.SIGKILL:  # Megatron's helper processes outlive a rank that is killed
@@ -84,6 +84,12 @@ class Job:
 
     def wait(self) -> int:
         return self.process.wait(timeout=BOUND)
+
+
+def _rank_of(process: psutil.Process) -> str | None:
+    with contextlib.suppress(psutil.Error):  # it may be on its way out
+        return process.environ().get("RANK")
+    return None
 
 
 @contextlib.contextmanager

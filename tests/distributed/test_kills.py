@@ -17,7 +17,7 @@ def test_a_run_killed_three_times_is_the_straight_run(tmp_path: Path, repository
     study = subprocess.run(
         [
             *(sys.executable, str(repository / "scripts" / "kill_study.py")),
-            *("--kills", "3", "--steps", "14", "--save-interval", "3"),
+            *("--kills", "3", "--steps", "20", "--save-interval", "3"),
             *("--config", str(TINY), "--output", str(tmp_path)),
         ],
         env=environment(),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 from jobs import (
+    TESTS,
+    TIMEOUT,
     checkpoint_tensors,
     environment,
     kill_job,
     losses,
+    steps_so_far,
     torchrun_command,
     train,
     train_arguments,
@@ -25,9 +29,10 @@ from uar_megatron.reporting.runlog import read_run
 
 pytestmark = pytest.mark.slow
 
-# θ_t is mid-schedule at the kill, the bias moves, k varies, dropout draws random numbers.
+# θ_t is mid-schedule at the kill, the bias moves, k varies, dropout draws random numbers. The
+# policy is ours, and slow while a file is there, so that steps can be told apart.
 EVERYTHING = (
-    "uar.policy=uar",
+    "uar.policy=slow_policy:SlowPolicy",
     "uar.bias.enabled=true",
     "uar.clb.enabled=true",
     "uar.clb.start_step=4",
@@ -43,13 +48,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kill_and_resume_equals_a_straight_run(layout: str, tmp_path: Path) -> None:
+def test_kill_and_resume_equals_a_straight_run(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nproc, options = LAYOUTS[layout]
+    slow = tmp_path / "slow"
+    monkeypatch.setenv("UAR_TEST_SLOW", str(slow))
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS / 'launch'}:{os.environ.get('PYTHONPATH', '')}")
     straight = train(nproc, tmp_path / "straight", *EVERYTHING, *options)
     assert len(straight) == 20
 
     killed = tmp_path / "killed"
-    kill_after(14, nproc, killed, *EVERYTHING, *options)
+    kill_after(14, slow, nproc, killed, *EVERYTHING, *options)
     before = losses(killed)
     assert 14 <= max(before) < 20
     assert train(nproc, killed, *EVERYTHING, *options) == straight
@@ -93,9 +103,11 @@ def test_a_run_killed_after_its_last_checkpoint_gets_finished(tmp_path: Path) ->
     assert (run.end.step, run.end.reason) == (3, "finished")
 
 
-def kill_after(step: int, nproc: int, run_dir: Path, *overrides: str) -> None:
-    """Train until the run log holds ``step``, then kill -9 every process of the job."""
-    # Slow enough to be caught between two steps.
+def kill_after(step: int, slow: Path, nproc: int, run_dir: Path, *overrides: str) -> None:
+    """Train until the run log holds ``step``, then kill -9 every process of the job.
+
+    The steps before it are made slow, so that a busy test does not miss it.
+    """
     arguments = train_arguments(nproc, run_dir, *overrides)
     job = subprocess.Popen(
         torchrun_command(nproc, *arguments),
@@ -103,11 +115,13 @@ def kill_after(step: int, nproc: int, run_dir: Path, *overrides: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    log = run_dir / "run.jsonl"
-    deadline = time.monotonic() + 120
-    while f'"kind":"step","step":{step},' not in (log.read_text() if log.exists() else ""):
+    deadline = time.monotonic() + TIMEOUT
+    while (so_far := max(steps_so_far(run_dir / "run.jsonl"), default=0)) < step:
         assert job.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        if so_far >= step // 2:
+            slow.touch()
+        time.sleep(0.05)
     kill_job(job)
+    slow.unlink(missing_ok=True)
     assert job.returncode == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs import (
+    TIMEOUT,
     environment,
     losses,
+    steps_so_far,
     torchrun_command,
     train,
     train_arguments,
@@ -35,15 +38,17 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
         log.open("w") as stream,
         subprocess.Popen(
             torchrun_command(2, *train_arguments(2, run_dir, *options)),
-            env=environment(),
+            # torchrun, which hands the signal on, would kill the ranks after 30 s.
+            env=environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIMEOUT)},
             stdout=stream,
             stderr=subprocess.STDOUT,
         ) as job,
     ):
         _wait_for_steps(run_dir / "run.jsonl", 4)
         for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
-            process.send_signal(signal.SIGTERM)
-        job.wait(timeout=60)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        job.wait(timeout=TIMEOUT)
     assert job.returncode != 0
     run = read_run(run_dir / "run.jsonl")
     stopped = run.ends[-1]
@@ -62,7 +67,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
 
 def _wait_for_steps(log: Path, steps: int) -> None:
     for _ in range(3000):
-        if log.exists() and len(read_run(log).steps) >= steps:
+        if len(steps_so_far(log)) >= steps:
             return
         time.sleep(0.1)
     raise AssertionError("training did not begin")

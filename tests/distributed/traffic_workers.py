@@ -172,7 +172,7 @@ def _counts(routed: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Set the process groups up and run every check."""
     expert, tensor = map(int, sys.argv[1:])
-    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         expert_model_parallel_size=expert,

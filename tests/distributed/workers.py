@@ -297,7 +297,7 @@ def count_all_reduces(layer: torch.nn.Module, tracker: RoutingTracker, tokens: i
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     for check in sys.argv[1:]:

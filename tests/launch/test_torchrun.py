@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import TINY, environment, kill_job, losses, train
+from jobs import TIMEOUT, TINY, environment, kill_job, losses, steps_so_far, train
 
 from uar_megatron.launching.scripts import script_dir
 from uar_megatron.reporting.runlog import read_run
@@ -41,17 +41,17 @@ def test_a_dead_worker_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 300
-        while not (folder / "run.jsonl").exists() or max(losses(folder), default=0) < 6:
+        deadline = time.monotonic() + TIMEOUT
+        while max(steps_so_far(folder / "run.jsonl"), default=0) < 6:
             assert job.poll() is None, (tmp_path / "log").read_text()[-5000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        slow.unlink()
         # The last rank keeps the log.
         ranks = psutil.Process(job.pid).children()
         assert len(ranks) == 2
         ranks[0].kill()
-        assert job.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-5000:]
+        slow.unlink()
+        assert job.wait(timeout=TIMEOUT) == 0, (tmp_path / "log").read_text()[-5000:]
     finally:
         kill_job(job)
     run = read_run(folder / "run.jsonl")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import environment
+from jobs import TIMEOUT, environment
 
 pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parents[2] / "configs" / "plan_256a8.yaml"
@@ -20,7 +20,7 @@ def uar_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment() | {"COLUMNS": "140"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import TINY, environment, train
+from jobs import TIMEOUT, TINY, environment, train
 from moe_cases import HIDDEN, hidden_states, stock_layer, transformer_config, uar_layer
 
 from uar_megatron.config import UARConfig
@@ -118,7 +118,7 @@ def test_it_is_found_where_the_command_is_started_and_refuses_its_settings(folde
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

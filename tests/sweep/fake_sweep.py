@@ -18,7 +18,7 @@ if __name__ == "__main__":
         check=lambda experiments: None,
         jobs=int(sys.argv[2]),
         retries=4,
-        timeout=10.0,
+        timeout=40.0,
         command=lambda config: (sys.executable, str(TRAINER), str(config)),
     )
     sys.exit(code)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import TINY, environment
+from jobs import TIMEOUT, TINY, environment
 
 from uar_megatron.sweep import runner
 from uar_megatron.sweep.command import make_table, run_sweep
 from uar_megatron.sweep.grid import Sweep, load_sweep
 from uar_megatron.sweep.measure import compare, measure
-from uar_megatron.sweep.state import RUN, State, processes_of, read_state, take_lock
+from uar_megatron.sweep.state import CARE, RUN, State, processes_of, read_state, take_lock
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def fake_sweep(grid: Path, jobs: int, log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_until_finished(sweep: Sweep, count: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + TIMEOUT
     while sum(read_state(p).finished for p in sweep.points) < count:
         assert time.monotonic() < deadline, "the sweep does not get on"
         time.sleep(0.2)
@@ -66,7 +66,7 @@ def test_fifty_points_with_failures_each_once_in_the_table(tmp_path: Path) -> No
         job.wait()
     # Two at once: each point is still trained by one process at a time.
     jobs = [fake_sweep(grid, 3, log) for _ in range(2)]
-    assert [job.wait(timeout=300) for job in jobs] == [0, 0], log.read_text()[-5000:]
+    assert [job.wait(timeout=TIMEOUT) for job in jobs] == [0, 0], log.read_text()[-5000:]
 
     points = measure(sweep)
     assert len(points) == 50
@@ -93,12 +93,12 @@ def test_sigterm_stops_the_points_and_says_how_to_go_on(tmp_path: Path) -> None:
     grid.write_text(f"base: {TINY}\ndir: {tmp_path / 'runs'}\ngrid: {{train_iters: [100000]}}\n")
     sweep = load_sweep(grid)
     job = fake_sweep(grid, 1, tmp_path / "log")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while read_state(sweep.points[0]).step < 3:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    assert job.wait(timeout=TIMEOUT) == 128 + signal.SIGTERM
     assert not alive(sweep)
     said = (tmp_path / "log").read_text()
     assert "start the sweep again to go on" in said
@@ -167,18 +167,24 @@ def test_a_point_that_a_dead_sweep_left_running_is_waited_for(
     lock = take_lock(folder, RUN)
     assert lock is not None
     finish = (
-        "import sys, time; time.sleep(float(sys.argv[2])); from pathlib import Path;"
+        "import sys; from pathlib import Path;"
         "from records import start, step; from uar_megatron.reporting.runlog import RunLogWriter;"
         "from uar_megatron.reporting.schema import End;"
         "log = RunLogWriter(Path(sys.argv[1]) / 'run.jsonl'); log.write(start(0));"
         "log.write(End(step=20, reason='finished'))"
     )
+    # Until the sweep has been at the point, which it says with a lock of its own.
+    wait = (
+        "import sys, time; from pathlib import Path\n"
+        f"while not (Path(sys.argv[1]) / {CARE!r}).exists(): time.sleep(0.1)\n"
+        "time.sleep(2)\n"
+    )
     monkey = {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
     child = subprocess.Popen(
-        [sys.executable, "-c", finish, str(folder), "2"], stdin=lock, env=environment() | monkey
+        [sys.executable, "-c", wait + finish, str(folder)], stdin=lock, env=environment() | monkey
     )
     os.close(lock)
-    script = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); sys.argv.append('0'); {finish}"
+    script = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); {finish}"
     code, states = run(tmp_path, script)
     child.wait()
     assert code == 0
