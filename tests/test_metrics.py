@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from uar_megatron.config import StatesConfig
 from uar_megatron.decision import RoutingDecision, Uncertainty
-from uar_megatron.metrics import LayerMetrics, describe, state_thresholds
+from uar_megatron.metrics import LayerMetrics, describe, describe_evaluation, state_thresholds
 
 
 def batch(tokens: int, seed: int) -> tuple[Uncertainty, RoutingDecision, torch.Tensor]:
@@ -93,12 +94,23 @@ def test_nonfinite_tokens_are_counted_apart() -> None:
     assert record["balancing_loss"] == {}
 
 
-def test_an_empty_interval_has_no_nan() -> None:
-    metrics = reader_of(2)
+@pytest.mark.parametrize("nonfinite", [0, 6])
+def test_without_a_token_there_is_no_mean(nonfinite: int) -> None:
+    """A calm and balanced layer has an energy and a MaxVio of 0; one of NaN must not look so."""
+    metrics = reader_of(4)
+    if nonfinite:
+        uncertainty, decision, _ = batch(nonfinite, 0)
+        gone = dataclasses.replace(uncertainty, finite_T=torch.zeros(nonfinite, dtype=torch.bool))
+        metrics.add(gone, decision, None, None)
     metrics.end_step()
-    record = describe(metrics.flat(2), 4, 2, 1)
-    assert record["tokens"] == 0
-    assert record["max_vio"] == 0.0
+    record = describe(metrics.flat(4), 4, 4, 1)
+    assert (record["tokens"], record["nonfinite"]) == (0, nonfinite)
+    means = ("energy_mean", "energy_std", "entropy_mean", "zscore_mean", "omega_mean", "k_eff")
+    assert all(math.isnan(record[name]) for name in (*means, "max_vio"))
+    assert record["load"] == [0.0] * 4
+    evaluated = describe_evaluation(torch.zeros(5, dtype=torch.float64))
+    assert math.isnan(evaluated["k_eff"])
+    assert math.isnan(evaluated["max_vio"])
 
 
 def test_default_thresholds() -> None:

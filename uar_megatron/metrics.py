@@ -203,7 +203,8 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
 
     Returns:
         Means per token, load fractions, the mean over steps of MaxVio (max_e load_e / mean load
-        − 1) and rows per step, under the names of ``reporting.schema.LayerMetrics``.
+        − 1) and rows per step, under the names of ``reporting.schema.LayerMetrics``. Without a
+        token means and MaxVio are NaN, as a calm and balanced layer's are 0.
     """
     products = total[: len(_ROWS) ** 2].view(len(_ROWS), len(_ROWS)).tolist()
     sums = {name: float(total[i]) for name, i in _INDEX.items()}
@@ -225,10 +226,11 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
     load_E = slots_E / slots_E.sum().clamp_min(1.0)
 
     def mean(name: str) -> float:
-        return product("counted", name) / tokens
+        return _ratio(product("counted", name), counted)
 
     def spread(name: str) -> float:
-        return math.sqrt(max(product(name, name) / tokens - mean(name) ** 2, 0.0))
+        variance = _ratio(product(name, name), counted) - mean(name) ** 2
+        return math.sqrt(variance if not variance < 0 else 0.0)
 
     return {
         "tokens": int(counted),
@@ -238,13 +240,13 @@ def describe(total: torch.Tensor, num_experts: int, max_k: int, steps: int) -> d
         "entropy_std": spread("entropy"),
         "zscore_mean": mean("zscore"),
         "zscore_std": spread("zscore"),
-        "k_eff": float(slots_E.sum()) / tokens,
+        "k_eff": _ratio(float(slots_E.sum()), counted),
         "k_histogram": (histogram / tokens).tolist(),
         "states": [state / tokens for state in states],
         "omega_mean": mean("omega"),
         "load": load_E.tolist(),
         "utilisation_entropy": float(torch.special.entr(load_E).sum()),
-        "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else 0.0,
+        "max_vio": float(violations_S[busy_S].mean()) if bool(busy_S.any()) else math.nan,
         "balancing_loss": {
             loss: sums[f"sum_{loss}"] / sums[f"terms_{loss}"]
             for loss in LOSSES
@@ -279,11 +281,15 @@ def describe_evaluation(total: torch.Tensor) -> dict[str, object]:
         Under the names of ``reporting.schema.LayerValidation``; MaxVio is of the loads over the
         whole set, unlike that of :func:`describe`.
     """
-    slots_E, tokens = total[:-1], max(float(total[-1]), 1.0)
+    slots_E, tokens = total[:-1], float(total[-1])
     mean_load = float(slots_E.mean())
     return {
-        "tokens": int(total[-1]),
-        "k_eff": float(slots_E.sum()) / tokens,
+        "tokens": int(tokens),
+        "k_eff": _ratio(float(slots_E.sum()), tokens),
         "load": (slots_E / slots_E.sum().clamp_min(1.0)).tolist(),
-        "max_vio": float(slots_E.max()) / mean_load - 1.0 if mean_load else 0.0,
+        "max_vio": _ratio(float(slots_E.max()), mean_load) - 1.0,
     }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan

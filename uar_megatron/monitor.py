@@ -25,8 +25,10 @@ def watch_training(
 
     To be called once, on every rank, before Megatron's ``pretrain``; in ``pretrain_gpt.py`` that is
     one line. Routers stay Megatron's own objects and route as they did, bit for bit: their
-    decisions are looked at. One reduction per logging interval and one per observation are all the
-    communication. UAR routers (of ``--spec``) are read as in our own entry.
+    decisions are looked at. Ranks exchange one reduction per logging interval and one per
+    observation; ``observe.probe_interval``, where set, runs a batch forward besides, with the
+    collectives that the model and the comparison of its experts need. UAR routers (of ``--spec``)
+    are read as in our own entry.
 
     Token classes are those of frequency; data sets are known to our own ``forward_step`` alone. ẑ
     is normalised with the interval before, so that it is 0 in the first one of each process.

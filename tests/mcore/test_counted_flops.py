@@ -76,6 +76,23 @@ def test_gates_count_whatever_the_activation(args: argparse.Namespace) -> None:
     assert same["layers"] == log["layers"]
 
 
+def test_one_layer_may_be_all_mtp_layers(args: argparse.Namespace) -> None:
+    """Its rows are those of every time it runs."""
+    args.mtp_num_layers, k_rows = 2, 3.0 * TOKENS
+    apart, one = record(*[k_rows] * 3, k_rows, k_rows + 8), record(*[k_rows] * 3, 2 * k_rows + 8)
+    CountedFlops(args).add_to(apart)
+    args.mtp_use_repeated_layer = True
+    CountedFlops(args).add_to(one)
+    for name in ("flops", "flops_ratio"):
+        assert one[name] == pytest.approx(apart[name], rel=1e-12)
+    *_, first, second = apart["layers"]
+    assert one["layers"][-1]["flops"] == pytest.approx(first["flops"] + second["flops"])
+    plain = record(*[k_rows] * 3, 2 * k_rows)
+    CountedFlops(args).add_to(plain)
+    assert plain["flops_ratio"] == 1
+    assert all(layer["flops_ratio"] == 1 for layer in plain["layers"])
+
+
 def test_sizes_that_are_not_modelled_leave_the_total(args: argparse.Namespace) -> None:
     args.multi_latent_attention = True
     log = record(4.0 * TOKENS, 3.0 * TOKENS, 3.0 * TOKENS)

@@ -216,7 +216,15 @@ def test_a_stock_layer_with_a_meter_routes_the_same_bits_and_reduces_once(layers
         last = energy
         assert (found["tokens"], found["k_eff"], found["rows"]) == (74, 2.0, 74.0)
         assert math.isclose(found["energy_mean"], energy.mean(), rel_tol=1e-6)
-        assert found["balancing_loss"]["aux_loss"] > 0.9
+        switch = [switch_loss((step @ router.weight.T).double(), 2) for step in steps]
+        assert math.isclose(found["balancing_loss"]["aux_loss"], sum(switch) / 2, rel_tol=1e-5)
+
+
+def switch_loss(logits_TE: torch.Tensor, topk: int) -> float:
+    """E · Σ_e of an expert's part of the slots times its mean probability."""
+    tokens, experts = logits_TE.shape
+    slots_E = logits_TE.topk(topk).indices.flatten().bincount(minlength=experts)
+    return float(experts * (slots_E / (tokens * topk) * logits_TE.softmax(-1).mean(dim=0)).sum())
 
 
 @pytest.mark.parametrize(("grouped", "dead"), [(False, False), (True, False), (False, True)])

@@ -101,6 +101,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"clb": {"enabled": True}}, {"moe_aux_loss_coeff": 0.0}, "uar.clb.enabled"),
     ({"bias": {"enabled": True}}, {"moe_router_enable_expert_bias": True}, "uar.bias.enabled"),
     ({"statistics": {"mode": "batch"}}, {"mtp_use_repeated_layer": True}, "uar.statistics.mode"),
+    (
+        {"observe": {"interval": 5}},
+        {"num_microbatches_with_partial_activation_checkpoints": 2},
+        "uar.observe.interval",
+    ),
     ({"weights": "softmax_all"}, {"moe_router_score_function": "sigmoid"}, "uar.weights"),
     ({"policy": "top_p", "budget": {"k_max": 9}}, {}, "uar.budget.k_max"),
     ({"policy": "seq_topk", "budget": {"k_max": 9}}, {}, "uar.budget.k_max"),

@@ -151,6 +151,13 @@ def _check_sections(uar: UARConfig, args: Any) -> None:
                 "so a micro-batch could meet another one's statistics",
                 remedy="use uar.statistics.mode=moving",
             )
+    if uar.observe.interval and getattr(args, reordered[1], None):
+        raise ConfigError(
+            "uar.observe.interval",
+            f"{uar.observe.interval} with {reordered[1]}: recomputation comes in another order "
+            "than the first passes, so a micro-batch could meet another one's tokens",
+            remedy="set uar.observe.interval=0",
+        )
     if uar.clb.enabled and not (_has_aux_loss(args) or uar.bias.enabled):
         raise ConfigError(
             "uar.clb.enabled",

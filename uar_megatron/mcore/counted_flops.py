@@ -63,7 +63,8 @@ class CountedFlops:
         """
         tokens, layers = record["tokens_per_step"], record["layers"]
         rows = sum(layer["rows"] for layer in layers) / tokens
-        self._more_rows = rows - self.args.moe_router_topk * len(layers)
+        calls = sum(self._calls(layer["layer"]) for layer in layers)
+        self._more_rows = rows - self.args.moe_router_topk * calls
         static = self._static_flops(self.args, tokens / self.args.seq_length)
         flops = static + self.correction(tokens)
         top_k = static + tokens * self._gate_flops
@@ -73,10 +74,16 @@ class CountedFlops:
         record["throughput"] = flops / (seconds * 1e12 * self.args.world_size)
         if self._shape is None:
             return
-        rows_of = {layer["layer"]: layer["rows"] for layer in layers}
+        rows_of = {i: n["rows"] / self._calls(i) for n in layers if (i := n["layer"])}
         has_experts = layers_with_experts(self._shape)
         numbers = [i for i, is_moe in enumerate(has_experts, start=1) if is_moe]
         step = step_flops(self._shape, tokens, [rows_of.get(number, 0.0) for number in numbers])
         for layer in layers:
-            layer["flops"] = step.per_layer[layer["layer"] - 1]
-            layer["flops_ratio"] = step.layer_ratios[layer["layer"] - 1]
+            number = layer["layer"]
+            layer["flops"] = step.per_layer[number - 1] * self._calls(number)
+            layer["flops_ratio"] = step.layer_ratios[number - 1]
+
+    def _calls(self, layer: int) -> int:
+        """How often a forward pass runs a layer: all MTP layers may be one."""
+        is_repeated = self.args.mtp_use_repeated_layer and layer > self.args.num_layers
+        return int(self.args.mtp_num_layers) if is_repeated else 1

@@ -213,7 +213,11 @@ class LayerObservation(BaseModel):
 
 
 class Observation(Record):
-    """Signals that are measured at single steps, after ``step`` optimizer steps."""
+    """Signals that are measured at single steps.
+
+    Those of tokens, norms and the bias are of the forward of step ``step``, so after one update
+    less; those of the probe batch and of the experts' weights after the step.
+    """
 
     kind: Literal["observation"] = "observation"
     step: int
