@@ -68,7 +68,7 @@ OPTIONS = (
         ("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
         "never",
         "softmax before or after the selection, sigmoid, sqrtsoftplus; `uar.weights` can differ; "
-        "softmax with `top_p`, `relu` (before the selection) and `sinkhorn_selective`",
+        "softmax with `top_p`, `relu` (before the selection) and `sinkhorn_selective` (after it)",
     ),
     Option(("moe_router_dtype",), "never", "of the gating; uncertainty is fp32 or better anyway"),
     Option(
