@@ -39,6 +39,16 @@ function layout() {
   return { bad, columns, plots, paper, widths: [document.documentElement.scrollWidth, window.innerWidth] };
 }
 
+// What each card says: its readout, the names in its legend, the first name in its table, and its
+// plot's label unless hidden.
+const cards = (tab) => tab.$$eval("figure:has(.readout)", (figures) => Object.fromEntries(
+  figures.map((figure) => {
+    const text = (of) => figure.querySelector(of).textContent;
+    const label = figure.querySelector(".plot:not([hidden]) svg")?.getAttribute("aria-label");
+    const head = figure.querySelector("th")?.textContent;
+    return [text("h3"), { readout: text(".readout"), legend: text(".legend"), head, label }];
+  })));
+
 // Reads, picks with the keyboard, then with the pointer in the heat map.
 async function use(tab) {
   const readout = (grid) => tab.$eval(`#${grid} .readout`, (p) => p.textContent);
@@ -46,11 +56,13 @@ async function use(tab) {
   const curve = await tab.$("#curve-grid .plot[role=slider]");
   if (!curve) return null;
   const said = { last: await readout("curve-grid") };
+  await tab.$$eval("figure details", (all) => all.forEach((details) => { details.open = true; }));
   await curve.focus();
   await tab.keyboard.press("Home");
   said.first = await readout("curve-grid");
   await tab.keyboard.press("Enter");
   said.picked_by_key = await picked();
+  said.cards_at_first = await cards(tab);
   const map = await tab.$("#layer-grid .plot svg");
   await map.evaluate((svg) => svg.scrollIntoView({ block: "center" }));
   const box = await map.boundingBox();
@@ -61,8 +73,12 @@ async function use(tab) {
   await tab.mouse.click(...at);
   said.picked_by_click = await picked();
   said.read_at_picked = await readout("curve-grid");
+  said.cards_at_picked = await cards(tab);
   // The picker stays in sight beside the panels that it steers.
   said.picker_top = await tab.$eval(".picker", (p) => p.getBoundingClientRect().top);
+  const last = await tab.$eval("#pick-layer", (picker) => picker.lastElementChild.value);
+  await tab.select("#pick-layer", last);
+  said.cards_at_last_layer = await cards(tab);
   return said;
 }
 

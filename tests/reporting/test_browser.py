@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from PIL import Image
 
 from uar_megatron.reporting.html import render
+from uar_megatron.reporting.schema import Observation, Record, Step
 from uar_megatron.reporting.view import load_views
 
 BROWSER = Path(__file__).parents[1] / "browser"
@@ -47,12 +49,17 @@ def browser() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", ["one", "two", "empty"])
+@pytest.mark.parametrize("pages", ["one", "two", "unlike", "empty"])
 def test_page_in_a_browser(pages: str, tmp_path: Path) -> None:
     chromium = browser()
     if pages == "empty":
         (tmp_path / "run.jsonl").touch()
         folders = [tmp_path]
+    elif pages == "unlike":
+        brief = planted.records(steps=100, layers=4, vacuum=None, exploding=None, name="brief")
+        folders = [
+            planted.write(tmp_path / "a", drifting()), planted.write(tmp_path / "b", brief)
+        ]  # fmt: skip
     else:
         folders = [planted.write(tmp_path / "a", planted.records())]
     if pages == "two":
@@ -78,7 +85,21 @@ def test_page_in_a_browser(pages: str, tmp_path: Path) -> None:
             continue
         assert set(layout["columns"]) == ({1} if name.startswith("390") else {3})
         check_use(view["said"])
+        if pages == "unlike":
+            check_unlike(view["said"])
+            continue
         compare(tmp_path / f"{name}-plots.png", layout["plots"], APPROVED / f"{pages}-{name}.png")
+
+
+def drifting() -> list[Record]:
+    """A run whose tokens move from state I to II with the steps, and which has no stability."""
+    found = planted.records()
+    for record in found:
+        for m in record.layers if isinstance(record, Step) else []:
+            m.states = [1 - record.step / 400, record.step / 400, 0.0, 0.0]
+        for m in record.layers if isinstance(record, Observation) else []:
+            m.stability = None
+    return found
 
 
 def check_use(said: dict[str, Any]) -> None:
@@ -92,6 +113,31 @@ def check_use(said: dict[str, Any]) -> None:
     assert (layer, abs(int(step) - 200) <= 3) == ("3", True)
     assert said["read_at_picked"].startswith(f"step {step}:")
     assert said["picker_top"] == 0
+    # Validation is at every 80th step: none before it, between two the step is named.
+    assert "in_domain –" in said["cards_at_first"]["Loss"]["readout"]
+    assert re.search(r"in_domain \d\S* \(step (160|240)\)", said["read_at_picked"])
+
+
+def check_unlike(said: dict[str, Any]) -> None:
+    """A run of 400 steps and six layers beside one of 100 steps and four layers."""
+    assert re.search(r"planted: training \d.* · brief: training – · ", said["last"])
+    for at, seen in (("first", 50), ("picked", 200)):
+        plane = said[f"cards_at_{at}"]["H–F plane with the four states"]
+        assert f" at step {seen}, " in plane["label"]
+        found = re.match(
+            rf"step {seen}, [^:,]*(?:, shares of step (\d+))?: .* · II ambiguity (\S+) %",
+            plane["readout"],
+        )
+        assert found
+        step = int(found[1] or seen)
+        assert abs(step - seen) <= 1
+        assert plane["head"] == f"layer (step {step})"
+        assert abs(float(found[2]) - step / 4) < 0.1
+    cards = said["cards_at_last_layer"]
+    for name in ("Free energy F, mean", "Norm of the router"):
+        assert cards[name]["legend"] == "planted", name
+    stability = cards["Stability of routing between probes"]
+    assert stability == {"readout": "not in the log", "legend": "", "head": "step"}
 
 
 def compare(screenshot: Path, plots: list[dict[str, Any]], approved: Path) -> None:

@@ -49,6 +49,14 @@ function legendOf(holder, entries) {
     style: dash ? `border-top:3px dashed ${tint};height:0;vertical-align:4px` : `background:${tint}` }), name)));
 }
 
+// What a line says at x: nothing beyond its ends, and where it has no point there the nearest one's
+// value, with its place.
+function valueAt(line, x, xname) {
+  if (!(line.x[0] <= x && x <= line.x.at(-1))) return `${line.name} –`;
+  const i = nearest(line.x, x), of = line.x[i] === x ? "" : ` (${xname} ${number(line.x[i])})`;
+  return `${line.name} ${number(line.y[i])}${of}`;
+}
+
 // Move a cursor over the points of a line chart, from what is picked (else the last); a click or
 // Enter picks a point for all panels.
 function follow(plot, readout, made, lines, title, xname, picked, pick) {
@@ -59,8 +67,8 @@ function follow(plot, readout, made, lines, title, xname, picked, pick) {
   made.svg.append(cursor);
   const say = (show) => {
     const x = all[place];
-    const values = lines.map((line) => { const i = nearest(line.x, x); return `${line.name} ${number(line.y[i])}`; });
-    const text = `${xname} ${number(x)}: ${values.slice(0, 8).join(" · ")}`;
+    const values = lines.slice(0, 8).map((line) => valueAt(line, x, xname));
+    const text = `${xname} ${number(x)}: ${values.join(" · ")}`;
     readout.textContent = text;
     plot.setAttribute("aria-valuenow", String(place));
     plot.setAttribute("aria-valuetext", text);
@@ -100,7 +108,9 @@ function curveCard(grid, title, ylabel, linesOf, options = {}) {
     },
     draw: ({ plot, readout, legend }) => {
       const lines = linesOf();
-      if (!lines.length) { readout.textContent = "not in the log"; plot.replaceChildren(); return; }
+      // A plot without lines is hidden: the keys would still read those that it had before.
+      plot.hidden = !lines.length;
+      if (plot.hidden) { readout.textContent = "not in the log"; legend.replaceChildren(); return; }
       const alone = RUNS.length === 1 ? current() : null;
       const made = lineChart(plot, { title, lines, xlabel: "optimizer step", ylabel, y: options.y, picked: state.step,
         spans: alone && !options.plain ? alone.phases.map(([name, from, to]) => [from, to, PHASE_TINT[name]]) : [],
@@ -226,30 +236,44 @@ function plane() {
   card("layer-grid", {
     title: "H–F plane with the four states",
     caption: "Tokens of the picked layer and step by entropy and energy where the run observed them, else each layer's mean ± std. Lines: H* and F*. Paper: Figure 3.",
-    table: () => { const run = current(), i = nearest(run.steps, state.step); return [["layer", "H", "F", ...STATES],
-      run.layers.map((n, k) => [n, run.metrics.entropy_mean[i][k], run.metrics.energy_mean[i][k], ...run.states[i][k]])]; },
+    table: () => {
+      const run = current(), [, i] = planeAt(run);
+      const { entropy_mean: entropies, energy_mean: energies } = run.metrics;
+      return [[`layer (step ${run.steps[i]})`, "H", "F", ...STATES],
+        run.layers.map((n, k) => [n, entropies[i][k], energies[i][k], ...run.states[i][k]])];
+    },
     draw: ({ plot, readout }) => drawPlane(plot, readout),
   });
+}
+
+// The observation nearest to the picked step, if its tokens have energies, and the place of the
+// logged step nearest to what is drawn: the shares are of the same step as the tokens.
+function planeAt(run) {
+  const seen = run.observations.histograms;
+  const near = seen.length ? seen[nearest(column(seen, "step"), state.step)] : null;
+  const h = near?.energy ? near : null;
+  return [h, nearest(run.steps, h ? h.step : state.step)];
 }
 
 function drawPlane(plot, readout) {
   const run = current(), energies = run.metrics.energy_mean, entropies = run.metrics.entropy_mean;
   if (!energies || !entropies) { plot.replaceChildren(); readout.textContent = "not in the log of this run"; return; }
-  const i = nearest(run.steps, state.step), place = state.layer === null ? -1 : run.layers.indexOf(state.layer);
-  const seen = run.observations.histograms, h = seen.length ? seen[nearest(seen.map((o) => o.step), state.step)] : null;
+  const place = state.layer === null ? -1 : run.layers.indexOf(state.layer);
+  const [h, i] = planeAt(run), at = h ? h.step : run.steps[i];
   const tops = Math.log(Math.max(run.experts, 2));
   const spread = (name) => run.metrics[name.replace("mean", "std")] || [];
   const wide = (table, name) => table.flatMap((row, s) => row.flatMap((v, k) => v === null ? [] : [v - ((spread(name)[s] || [])[k] || 0), v + ((spread(name)[s] || [])[k] || 0)]));
-  const x = h && h.energy ? range([...heldEnergies(seen), run.energy_threshold], 0.08) : range([...wide(energies, "energy_mean"), run.energy_threshold], 0.08);
+  const reached = h ? heldEnergies(run.observations.histograms) : wide(energies, "energy_mean");
+  const x = range([...reached, run.energy_threshold], 0.08);
   const y = [0, tops * 1.02];
   const made = frame(plot, { x, y, xlabel: "free energy F", ylabel: "entropy H (nats)", height: 340,
-    label: `H–F plane of ${run.label} at step ${run.steps[i]}, ${layerName()}` });
+    label: `H–F plane of ${run.label} at step ${at}, ${layerName()}` });
   const { svg, sx, sy, box } = made;
   const fx = Math.min(Math.max(sx(run.energy_threshold), box.left), box.right), hy = Math.min(Math.max(sy(run.entropy_threshold), box.top), box.bottom);
   const shares = run.states.length ? STATES.map((_, s) => place >= 0 ? run.states[i][place][s] : average(column(run.states[i], s))) : [];
   const corners = [[box.left, fx, hy, box.bottom], [box.left, fx, box.top, hy], [fx, box.right, hy, box.bottom], [fx, box.right, box.top, hy]];
   corners.forEach(([left, right, top, bottom], s) => svg.append(node("svg:rect", { x: left, y: top, width: right - left, height: bottom - top, fill: STATE_TINT[s], opacity: 0.13 })));
-  if (h && h.energy) drawTokens(svg, h, place < 0 ? null : place, made);
+  if (h) drawTokens(svg, h, place < 0 ? null : place, made);
   else drawMeans(svg, run, i, place, made);
   svg.append(node("svg:line", { class: "picked", x1: fx, x2: fx, y1: box.top, y2: box.bottom }), node("svg:line", { class: "picked", x1: box.left, x2: box.right, y1: hy, y2: hy }));
   corners.forEach(([left, right, top, bottom], s) => {
@@ -259,7 +283,9 @@ function drawPlane(plot, readout) {
       y: s % 2 ? top + 15 : bottom - 7 }, shares.length ? `${label} ${number(100 * shares[s], 2)} %` : label));
   });
   plot.replaceChildren(svg);
-  readout.textContent = `step ${h && h.energy ? h.step : run.steps[i]}, ${layerName()}` + (shares.length ? `: ${STATES.map((n, s) => `${n} ${number(100 * shares[s], 3)} %`).join(" · ")}` : "");
+  const of = run.steps[i] === at ? "" : `, shares of step ${run.steps[i]}`;
+  const texts = shares.map((v, s) => `${STATES[s]} ${number(100 * v, 3)} %`).join(" · ");
+  readout.textContent = `step ${at}, ${layerName()}` + (texts ? `${of}: ${texts}` : "");
 }
 
 // The lowest and highest energy that a cell of any observation reaches: one scale for all steps.
@@ -330,7 +356,7 @@ function loadsAt() {
 function signalLines(name) {
   return RUNS.flatMap((run, i) => {
     const table = run.observations.signals[name], place = state.layer === null ? -1 : run.layers.indexOf(state.layer);
-    if (!table) return [];
+    if (!table || (state.layer !== null && place < 0)) return [];
     const line = { name: RUNS.length > 1 ? run.label : layerName(), color: SERIES[i % 7], x: run.observations.steps, dots: table.length < 40 };
     return place >= 0 ? [{ ...line, y: column(table, place) }] : [{ ...line, y: table.map(average), low: table.map(least), high: table.map(most) }];
   });
