@@ -20,7 +20,7 @@ from uar_megatron.planning.load import EVEN, Imbalance, dirichlet, replay
 from uar_megatron.planning.state import precision_of
 from uar_megatron.planning.step_time import overlap_of
 from uar_megatron.policies import RoutingPolicy
-from uar_megatron.shape import ModelShape, shape_of
+from uar_megatron.shape import ModelShape, capacity_factor, shape_of
 
 _NOT_MODELLED = (
     "moe_latent_size",
@@ -33,6 +33,33 @@ _NOT_MODELLED = (
     "cpu_offloading_num_layers",
     "hybrid_layer_pattern",
     "heterogeneous_layers_config_path",
+)
+_AT_LEAST_1 = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "kv_channels",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_experts",
+    "moe_router_topk",
+    "vocab_size",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_vp_stage",
+    "recompute_num_layers",
+    "micro_batch_size",
+    "global_batch_size",
 )
 
 
@@ -64,8 +91,14 @@ def job_of(
     """
     args, routing, policies = _megatron(experiment)
     shape = shape_of(args)
+    if not any(shape.is_moe):
+        raise ConfigError(
+            "moe_layer_freq",
+            "no layer has experts, and a dense model is not planned",
+            remedy="give one layer experts at least, for example moe_layer_freq=1",
+        )
     layout = layout_of(args, shape, gpus, gpus_per_node)
-    factor = args.moe_expert_capacity_factor
+    factor = capacity_factor(args)
     layers = within_capacity(
         layers_of(experiment.uar, shape, policies),
         factor,
@@ -132,6 +165,23 @@ def _check_modelled(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:
             raise ConfigError(name, "is missing", remedy=f"set {name}")
+    for name in _AT_LEAST_1:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(name, f"{value} is not allowed", allowed="1 or more")
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.kv_channels is None and args.hidden_size % heads:
+        raise ConfigError(
+            "hidden_size",
+            f"{args.hidden_size} is not a multiple of num_attention_heads = {heads}",
+            remedy="change one of the two, or set kv_channels",
+        )
+    if args.group_query_attention and (groups < 1 or heads % groups):
+        raise ConfigError(
+            "num_query_groups",
+            f"{groups} does not divide num_attention_heads = {heads}",
+            allowed=", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
+        )
     if args.moe_token_dispatcher_type != "alltoall":
         raise ConfigError(
             "moe_token_dispatcher_type",

@@ -64,11 +64,48 @@ def moe_pattern(args: Any) -> tuple[bool, ...]:
 
     Args:
         args: Megatron's arguments or its ``TransformerConfig``.
+
+    Raises:
+        ConfigError: no such pattern: Megatron asserts so where it builds the layers
+            (gpt_layer_specs.py:653).
     """
-    frequency = args.moe_layer_freq
+    frequency, layers = args.moe_layer_freq, args.num_layers
     if isinstance(frequency, int):
-        return tuple(i % frequency == 0 for i in range(args.num_layers))
+        if frequency < 1:
+            raise ConfigError(
+                "moe_layer_freq",
+                f"{frequency} is not allowed",
+                allowed="n ≥ 1, for experts in every n-th layer, or a list of 0 and 1",
+                remedy="1 gives every layer experts",
+            )
+        return tuple(i % frequency == 0 for i in range(layers))
+    if len(frequency) != layers:
+        raise ConfigError(
+            "moe_layer_freq",
+            f"the list has {len(frequency)} entries, num_layers is {layers}",
+            allowed="one entry for each layer",
+            remedy=f'write for example "[0]+[1]*{layers - 1}", or set num_layers',
+        )
+    if any(entry not in (0, 1) for entry in frequency):
+        raise ConfigError(
+            "moe_layer_freq",
+            f"{frequency} has other entries than 0 and 1",
+            remedy="write 1 for a layer with experts, 0 for a dense one",
+        )
     return tuple(bool(is_moe) for is_moe in frequency)
+
+
+def capacity_factor(args: Any) -> float | None:
+    """Return ``moe_expert_capacity_factor``; None where no token is dropped.
+
+    A negative one means none: Megatron's ``TransformerConfig`` sets it to None
+    (transformer_config.py:1661), but the arguments keep it.
+
+    Args:
+        args: Megatron's arguments or its ``TransformerConfig``.
+    """
+    factor = args.moe_expert_capacity_factor
+    return None if factor is None or factor < 0 else float(factor)
 
 
 def shape_of(args: Any) -> ModelShape:

@@ -147,6 +147,23 @@ def test_what_does_not_fit_names_its_bound_and_the_remedy_fits(
     assert fitting.worst.total > 0.9 * fitting.job.usable_memory
 
 
+def test_a_negative_capacity_drops_no_token() -> None:
+    """Megatron trains dropless with it, so the kernels route as well."""
+    plain, negative = planned(64), planned(64, "moe_expert_capacity_factor=-1")
+    assert negative.k == plain.k
+    assert negative.worst.total == plain.worst.total
+    assert negative.job.how.routing == plain.job.how.routing == "kernels"
+
+
+def test_recompute_activations_is_selective_recomputation() -> None:
+    short = planned(64, "recompute_activations=true")
+    full = planned(64, "recompute_granularity=selective", "recompute_modules=[core_attn]")
+    assert short.job.how.recompute == {"core_attn"}
+    assert short.time.recomputation == full.time.recomputation > 0
+    over = planned(64, "recompute_granularity=full", "recompute_activations=true")
+    assert over.job.how == short.job.how
+
+
 def test_a_model_that_never_fits_says_so() -> None:
     found = planned(
         8, "num_layers=64", 'moe_layer_freq="[0]+[1]*63"', "expert_model_parallel_size=1"
@@ -202,6 +219,35 @@ def test_pipelines_wait_and_recomputation_costs() -> None:
         (("optimizer=sgd",), {}, "adam"),
         (("num_experts=null",), {}, "num_experts"),
         (("num_layers=null",), {}, "num_layers"),
+        (("num_layers=32",), {}, "8 entries, num_layers is 32"),
+        (('moe_layer_freq="[0]+[1]*3"',), {}, "4 entries, num_layers is 8"),
+        (("moe_layer_freq=0",), {}, "moe_layer_freq: 0 is not allowed"),
+        (('moe_layer_freq="[0]*8"',), {}, "no layer has experts"),
+        (("tensor_model_parallel_size=0",), {}, "tensor_model_parallel_size: 0 is not allowed"),
+        (("pipeline_model_parallel_size=0",), {}, "pipeline_model_parallel_size: 0"),
+        (("expert_model_parallel_size=0",), {}, "expert_model_parallel_size: 0"),
+        (("context_parallel_size=0",), {}, "context_parallel_size: 0"),
+        (("context_parallel_size=-1",), {}, "context_parallel_size: -1"),
+        (("num_attention_heads=0",), {}, "num_attention_heads: 0"),
+        (("make_vocab_size_divisible_by=0",), {}, "make_vocab_size_divisible_by: 0"),
+        (("micro_batch_size=0",), {}, "micro_batch_size: 0"),
+        (("micro_batch_size=-1",), {}, "micro_batch_size: -1"),
+        (("global_batch_size=0",), {}, "global_batch_size: 0"),
+        (("seq_length=0",), {}, "seq_length: 0"),
+        (("hidden_size=0",), {}, "hidden_size: 0"),
+        (("vocab_size=0",), {}, "vocab_size: 0"),
+        (
+            ("num_attention_heads=32", "group_query_attention=true", "num_query_groups=3"),
+            {},
+            "num_query_groups: 3 does not divide num_attention_heads = 32",
+        ),
+        (
+            ("num_attention_heads=32", "hidden_size=1000", "kv_channels=null"),
+            {},
+            "hidden_size: 1000 is not a multiple of num_attention_heads = 32",
+        ),
+        ((), {"tokens": float("inf")}, "--tokens"),
+        ((), {"mfu": 1e-310}, "the step takes for ever"),
         (("uar.budget.k_max=300",), {}, "k_max is 300"),
         (("multi_latent_attention=true",), {}, "multi_latent_attention"),
         ((), {"mfu": 0.0}, "--mfu"),

@@ -79,7 +79,9 @@ def implementation_of(args: Any, routing: str) -> Implementation:
     element = 2 if args.bf16 or args.fp16 else FP32
     is_te = args.transformer_impl != "local"
     backend = getattr(args.attention_backend, "name", str(args.attention_backend))
-    selective = args.recompute_granularity == "selective"
+    granularity = args.recompute_granularity
+    if getattr(args, "recompute_activations", False):
+        granularity = "selective"  # as Megatron's validation has it (arguments.py:589)
     layers = (args.recompute_method or "uniform", args.recompute_num_layers or 1)
     types = args.moe_router_load_balancing_type
     types = types if isinstance(types, list) else [types]
@@ -102,8 +104,10 @@ def implementation_of(args: Any, routing: str) -> Implementation:
         has_auxiliary_loss=any(t.endswith("aux_loss") for t in types) and any(coefficients),
         has_fused_permutation=bool(args.moe_permute_fusion),
         stacks_weights=bool(args.moe_grouped_gemm) and not is_te,
-        recompute=frozenset((args.recompute_modules or ["core_attn"]) if selective else ()),
-        recomputed_layers=layers if args.recompute_granularity == "full" else None,
+        recompute=frozenset(
+            (args.recompute_modules or ["core_attn"]) if granularity == "selective" else ()
+        ),
+        recomputed_layers=layers if granularity == "full" else None,
     )
 
 
