@@ -95,7 +95,7 @@ def build(
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     )
-    return experiment, args, Float16Module(config, model) if args.bf16 else model
+    return experiment, args, Float16Module(config, model) if args.bf16 or args.fp16 else model
 
 
 def _set_layout(args: Any) -> None:

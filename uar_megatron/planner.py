@@ -191,6 +191,14 @@ def _check_modelled(args: argparse.Namespace) -> None:
         )
     if args.optimizer != "adam":
         raise ConfigError("optimizer", f"{args.optimizer} is not modelled", allowed="adam")
+    instances = args.num_distributed_optimizer_instances
+    if instances > 1:
+        raise ConfigError(
+            "num_distributed_optimizer_instances",
+            f"{instances}: an optimizer cut within a part of the ranks is not modelled",
+            allowed="1",
+            remedy="plan with num_distributed_optimizer_instances=1",
+        )
     for name in _NOT_MODELLED:
         if getattr(args, name, None):
             raise ConfigError(name, "is not modelled", remedy=f"plan without {name}")

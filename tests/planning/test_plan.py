@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -192,8 +193,12 @@ def test_a_stage_holds_micro_batches_in_flight() -> None:
     """Stage 0 of 2 has layers 0 to 3, of which 3 have experts, for two micro-batches at once."""
     whole, job = planned(64), planned(64, "pipeline_model_parallel_size=2").job
     rows = job.rows_of_layer([8.0] * 7, [1.0] * 7)
+    torch = dataclasses.replace(job.how, routing="torch")
     for stage, layers, in_flight in ((0, 3, 2), (1, 4, 1)):
         memory = stage_memory(job.shape, job.how, job.layout, job.precision, stage, rows, 0)
+        dense = stage_memory(job.shape, torch, job.layout, job.precision, stage, rows, 0)
+        # Weights in fp32 and a map of 4096 tokens and 256 experts: whatever is in flight.
+        assert dense.activations["held by dispatchers"] == layers * 4096 * 256 * (4 + 1)
         expected = whole.expected.activations["experts"] * layers / 7 * in_flight
         assert memory.activations["experts"] == pytest.approx(expected)
         assert ("logits and loss" in memory.activations) == (stage == 1)
@@ -217,6 +222,7 @@ def test_pipelines_wait_and_recomputation_costs() -> None:
         (("vocab_size=null", "tokenizer_type=HuggingFaceTokenizer"), {}, "vocab_size"),
         (("moe_token_dispatcher_type=allgather",), {}, "alltoall"),
         (("optimizer=sgd",), {}, "adam"),
+        (("num_distributed_optimizer_instances=2",), {}, "num_distributed_optimizer_instances: 2"),
         (("num_experts=null",), {}, "num_experts"),
         (("num_layers=null",), {}, "num_layers"),
         (("num_layers=32",), {}, "8 entries, num_layers is 32"),

@@ -57,6 +57,9 @@ def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> No
         ("bf16=true", "grad_reduce_in_bf16=true"),
         (),
         ("use_distributed_optimizer=true",),
+        ("fp16=true",),
+        ("fp16=true", "use_distributed_optimizer=true"),
+        ("fp16=true", "accumulate_allreduce_grads_in_fp32=true"),
     ],
     ids=" ".join,
 )

@@ -61,12 +61,28 @@ class Implementation:
     recompute: frozenset[str]
     recomputed_layers: tuple[str, int] | None
 
-    def is_recomputed(self, position: int) -> bool:
-        """Whether full recomputation covers the layer at this position of its pipeline rank."""
+    def recomputed_groups(
+        self, layout: Layout, stage: int, mtp_layers: int
+    ) -> list[tuple[int, ...]]:
+        """Layers of a pipeline rank that full recomputation runs at once, for each input it keeps.
+
+        Every model chunk counts its layers anew, so groups end with chunks (core/recompute.py:167).
+        MTP layers are alone, and ``block`` leaves them out (multi_token_prediction.py:1424).
+        """
         if self.recomputed_layers is None:
-            return False
+            return []
         method, count = self.recomputed_layers
-        return method != "block" or position < count
+        chunks = layout.chunks_of(stage)
+        if method == "block":
+            return [(layer,) for chunk in chunks for layer in chunk[:count]]
+        groups = [chunk[i : i + count] for chunk in chunks for i in range(0, len(chunk), count)]
+        mtp = layout.layers_of(stage, mtp_layers)[len(layout.stages[stage]) :]
+        return groups + [(layer,) for layer in mtp]
+
+    def recomputed_on(self, layout: Layout, stage: int, mtp_layers: int) -> set[int]:
+        """Layers of a pipeline rank that full recomputation covers."""
+        groups = self.recomputed_groups(layout, stage, mtp_layers)
+        return {layer for group in groups for layer in group}
 
 
 def implementation_of(args: Any, routing: str) -> Implementation:
@@ -82,6 +98,7 @@ def implementation_of(args: Any, routing: str) -> Implementation:
     granularity = args.recompute_granularity
     if getattr(args, "recompute_activations", False):
         granularity = "selective"  # as Megatron's validation has it (arguments.py:589)
+    modules = args.recompute_modules or ["core_attn"]
     layers = (args.recompute_method or "uniform", args.recompute_num_layers or 1)
     types = args.moe_router_load_balancing_type
     types = types if isinstance(types, list) else [types]
@@ -104,9 +121,7 @@ def implementation_of(args: Any, routing: str) -> Implementation:
         has_auxiliary_loss=any(t.endswith("aux_loss") for t in types) and any(coefficients),
         has_fused_permutation=bool(args.moe_permute_fusion),
         stacks_weights=bool(args.moe_grouped_gemm) and not is_te,
-        recompute=frozenset(
-            (args.recompute_modules or ["core_attn"]) if granularity == "selective" else ()
-        ),
+        recompute=frozenset(modules if granularity == "selective" else ()),
         recomputed_layers=layers if granularity == "full" else None,
     )
 
@@ -211,12 +226,28 @@ def router_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
     return rows.tokens * (experts * INT64 + rows.k_max + FP32 + kept + scores)
 
 
-def held_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
-    """What the dispatcher holds on to until its next forward, recomputed or not."""
+def held_bytes(shape: ModelShape, how: Implementation, rows: Rows, is_recomputed: bool) -> float:
+    """What the dispatcher of a layer holds on to until its next forward overwrites it.
+
+    So it is there once, however many micro-batches are in flight: the dense weights and map, which
+    no backward needs, and the rows' indices, which the backward has anyway where it keeps them.
+
+    Args:
+        shape: the model.
+        how: its implementation.
+        rows: of the layer.
+        is_recomputed: the whole layer is, in the backward.
+    """
     if how.routing == "kernels":
         return 0.0
-    indices = 0.0 if how.has_fused_permutation else rows.sent * INT64
+    keeps_indices = not is_recomputed and "moe" not in how.recompute
+    indices = 0.0 if keeps_indices else _index_bytes(how, rows)
     return rows.tokens * shape.experts * (how.logit + 1) + indices
+
+
+def _index_bytes(how: Implementation, rows: Rows) -> float:
+    """Of each row the token it is of; Transformer Engine's permutation has a map instead."""
+    return 0.0 if how.has_fused_permutation else rows.sent * INT64
 
 
 def dispatch_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
@@ -227,7 +258,8 @@ def dispatch_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
         return received
     if how.has_fused_permutation:
         return received + rows.tokens * (2 * shape.experts + 1) * INT32
-    return received + rows.tokens * shape.experts * INT64  # the sort of the whole map
+    sort = rows.tokens * shape.experts * INT64  # of the whole map
+    return received + sort + _index_bytes(how, rows)
 
 
 def expert_bytes(shape: ModelShape, how: Implementation, rows: Rows, layout: Layout) -> float:
@@ -250,16 +282,15 @@ def moe_bytes(
     shape: ModelShape, how: Implementation, rows: Rows, layout: Layout
 ) -> dict[str, float]:
     """A MoE layer after its norm, by part."""
-    held = held_bytes(shape, how, rows)
     if "moe" in how.recompute:
-        return {"routing": held}
+        return {}
     shared = 0.0
     if shape.shared_ffn and "shared_experts" not in how.recompute:
         width = shape.shared_ffn / layout.tensor * how.element
         shared = layout.tokens * width * feed_forward_elements(shape, how)
     latent = rows.tokens * shape.latent * how.element
     return {
-        "routing": router_bytes(shape, how, rows) + held,
+        "routing": router_bytes(shape, how, rows),
         "dispatched rows": dispatch_bytes(shape, how, rows),
         "experts": expert_bytes(shape, how, rows, layout),
         "shared experts": shared + latent,

@@ -126,7 +126,8 @@ def _micro_batch(
     """FLOPs of one rank for a micro-batch: outside of experts, in experts, recomputed."""
     tokens = layout.tokens / layout.tensor
     dense = experts = recomputed = 0.0
-    for position, layer in enumerate(layout.layers_of(stage, shape.mtp_layers)):
+    whole = how.recomputed_on(layout, stage, shape.mtp_layers)
+    for layer in layout.layers_of(stage, shape.mtp_layers):
         rows = rows_of_layer.get(layer)
         in_experts = rows.received * flops.expert_row / layout.expert_tensor if rows else 0.0
         outside = tokens * flops.layer(0 if rows else None)
@@ -140,7 +141,7 @@ def _micro_batch(
             "moe": (rows is not None) * tokens * (flops.layer(0) - flops.attention) + in_experts,
             "shared_experts": (rows is not None) * tokens * flops.shared_experts,
         }
-        if how.is_recomputed(position):
+        if layer in whole:
             recomputed += outside + in_experts
         else:
             recomputed += sum(again.get(module, 0.0) for module in how.recompute)
@@ -158,11 +159,12 @@ def _all_to_all(
     exchange_of_layer: Mapping[int, tuple[Exchange, float]],
 ) -> float:
     seconds = 0.0
-    for position, layer in enumerate(layout.layers_of(stage, shape.mtp_layers)):
+    whole = how.recomputed_on(layout, stage, shape.mtp_layers)
+    for layer in layout.layers_of(stage, shape.mtp_layers):
         if layer not in exchange_of_layer:
             continue
         found, imbalance = exchange_of_layer[layer]
-        is_again = how.is_recomputed(position) or "moe" in how.recompute
+        is_again = layer in whole or "moe" in how.recompute
         size = found.forward * (1 + is_again) + found.backward
         seconds += all_to_all_seconds(size, found, hardware) * imbalance
     return seconds
