@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import planned
 
 from uar_megatron.errors import ConfigError
-from uar_megatron.experiment import load_experiment
-from uar_megatron.planner import job_of
-from uar_megatron.planning.hardware import hardware
 from uar_megatron.planning.memory import stage_memory
-from uar_megatron.planning.plan import Plan, plan
-
-CONFIG = Path(__file__).parents[2] / "configs" / "plan_256a8.yaml"
-
-
-def planned(gpus: int, *overrides: str, gpu: str = "h800", **options: Any) -> Plan:
-    experiment = load_experiment(CONFIG, overrides)
-    return plan(job_of(experiment, gpus, hardware(gpu), **{"mfu": 0.35} | options))
 
 
 def test_256a8_from_8_to_1024_gpus() -> None:
