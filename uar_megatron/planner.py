@@ -110,7 +110,7 @@ def job_of(
         tokens = sequences * layout.seq_length or None
     return Job(
         shape=shape,
-        how=implementation_of(args, routing),
+        how=implementation_of(args, experiment.uar, routing),
         layout=layout,
         precision=precision_of(args),
         overlap=overlap_of(args),

@@ -34,6 +34,7 @@ class ModelShape:
         norm_params: parameters of one norm over ``hidden``.
         qk_norm_params: parameters of the norms of queries and keys in one layer, 0 without.
         latent: ``moe_latent_size``, the width that routed experts read and write; 0 for ``hidden``.
+        has_shared_gate: a gate weights the shared experts' output (``moe_shared_expert_gate``).
     """
 
     hidden: int
@@ -57,6 +58,7 @@ class ModelShape:
     norm_params: int
     qk_norm_params: int
     latent: int = 0
+    has_shared_gate: bool = False
 
 
 def moe_pattern(args: Any) -> tuple[bool, ...]:
@@ -132,6 +134,7 @@ def shape_of(args: Any) -> ModelShape:
                 "parameters, FLOPs and memory of this architecture are not modelled",
                 remedy=f"plan without {name}",
             )
+    shared_ffn = args.moe_shared_expert_intermediate_size or 0
     hidden, heads = args.hidden_size, args.num_attention_heads
     head_dim = args.kv_channels or hidden // heads
     ffn = args.ffn_hidden_size
@@ -146,7 +149,7 @@ def shape_of(args: Any) -> ModelShape:
         head_dim=head_dim,
         ffn=ffn,
         expert_ffn=args.moe_ffn_hidden_size or ffn,
-        shared_ffn=args.moe_shared_expert_intermediate_size or 0,
+        shared_ffn=shared_ffn,
         experts=args.num_experts,
         topk=args.moe_router_topk,
         is_moe=moe_pattern(args),
@@ -161,6 +164,7 @@ def shape_of(args: Any) -> ModelShape:
         norm_params=norms * hidden,
         qk_norm_params=2 * norms * head_dim if args.qk_layernorm else 0,
         latent=args.moe_latent_size or 0,
+        has_shared_gate=bool(shared_ffn and args.moe_shared_expert_gate),
     )
 
 

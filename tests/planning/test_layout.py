@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.arguments import megatron_parser, to_argv
 from uar_megatron.planning.activations import implementation_of
@@ -74,7 +75,7 @@ def recomputed(method: str, layers: int, mtp_layers: int = 0, **options: Any) ->
     args |= {"recompute_num_layers": layers, "pipeline_model_parallel_size": 2}
     parsed = megatron_parser().parse_args(to_argv(MODEL | args))
     found = layout_of(parsed, shape_of(parsed), 2, 8)
-    how = implementation_of(parsed, "torch")
+    how = implementation_of(parsed, UARConfig(), "torch")
     return [how.recomputed_groups(found, stage, mtp_layers) for stage in (0, 1)]
 
 

@@ -138,6 +138,15 @@ def test_what_does_not_fit_names_its_bound_and_the_remedy_fits(
     assert fitting.worst.total > 0.9 * fitting.job.usable_memory
 
 
+def test_the_gate_of_shared_experts_counts() -> None:
+    """A hidden vector in each of seven MoE layers, and its product with every token."""
+    shared = "moe_shared_expert_intermediate_size=320"
+    plain, gated = planned(64, shared), planned(64, shared, "moe_shared_expert_gate=true")
+    assert gated.parameters - plain.parameters == 7 * 1024
+    more = gated.flops_per_token["expected"] - plain.flops_per_token["expected"]
+    assert more == pytest.approx(3 * 7 * 2 * 1024)
+
+
 def test_a_negative_capacity_drops_no_token() -> None:
     """Megatron trains dropless with it, so the kernels route as well."""
     plain, negative = planned(64), planned(64, "moe_expert_capacity_factor=-1")

@@ -72,6 +72,10 @@ def test_a_layer_for_multi_token_prediction_by_hand() -> None:
         (selective("mlp"), MLP),
         (selective("moe"), 7 * (ROUTER + EXPERTS)),
         ((*selective("shared_experts"), SHARED), 7 * 6 * HIDDEN * 320),
+        (
+            (*selective("shared_experts"), SHARED, "moe_shared_expert_gate=true"),
+            7 * (6 * HIDDEN * 320 + 2 * HIDDEN),
+        ),
         (selective("layernorm"), 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

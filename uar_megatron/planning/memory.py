@@ -12,6 +12,8 @@ from uar_megatron.planning.activations import (
     dropout_bytes,
     held_bytes,
     layer_bytes,
+    mtp_bytes,
+    norm_bytes,
     output_bytes,
     score_buffer_bytes,
 )
@@ -96,6 +98,7 @@ def stage_memory(
         # The last stage takes the backward of a micro-batch right after its forward.
         outputs = 1 + shape.mtp_layers
         activations["logits and loss"] = outputs * output_bytes(shape, how, layout)
+        activations["norms"] += norm_bytes(shape, how, layout.routed_tokens)
     on_stage = [
         rows_of_layer[i] for i in layout.layers_of(stage, shape.mtp_layers) if i in rows_of_layer
     ]
@@ -136,21 +139,27 @@ def micro_batch_bytes(
     """
     nothing = dataclasses.replace(how, recompute=frozenset())
     layers = layout.layers_of(stage, shape.mtp_layers)
-    whole = {
-        layer: sum(layer_bytes(shape, nothing, layout, rows_of_layer.get(layer)).values())
-        for layer in layers
-    }
+
+    def parts_of(layer: int, way: Implementation) -> dict[str, float]:
+        parts = layer_bytes(shape, way, layout, rows_of_layer.get(layer))
+        if layer >= len(shape.is_moe):
+            parts["norms"] += mtp_bytes(shape, way, layout)
+        return parts
+
+    whole = {layer: sum(parts_of(layer, nothing).values()) for layer in layers}
     groups = how.recomputed_groups(layout, stage, shape.mtp_layers)
     again = how.recomputed_on(layout, stage, shape.mtp_layers)
     recomputed = max((sum(whole[layer] for layer in group) for group in groups), default=0.0)
     layer_input = layout.routed_tokens * shape.hidden * how.element
-    kept = {"layer inputs": layer_input * len(groups)}
+    # An MTP layer has two: the hidden state and the embedding.
+    inputs = len(groups) + sum(layer >= len(shape.is_moe) for layer in again)
+    kept = {"layer inputs": layer_input * inputs, "norms": 0.0}
     if stage == 0:
-        kept["norms"] = dropout_bytes(shape, how, layout)
+        kept["norms"] += dropout_bytes(shape, how, layout)
     for layer in layers:
         if layer in again:
             continue
-        parts = layer_bytes(shape, how, layout, rows_of_layer.get(layer))
+        parts = parts_of(layer, how)
         recomputed = max(recomputed, whole[layer] - sum(parts.values()))
         for name, value in parts.items():
             kept[name] = kept.get(name, 0.0) + value
