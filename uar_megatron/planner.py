@@ -61,6 +61,7 @@ _AT_LEAST_1 = (
     "micro_batch_size",
     "global_batch_size",
 )
+_AT_LEAST_0 = ("mtp_num_layers", "moe_shared_expert_intermediate_size", "moe_latent_size")
 
 
 def job_of(
@@ -165,10 +166,11 @@ def _check_modelled(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:
             raise ConfigError(name, "is missing", remedy=f"set {name}")
-    for name in _AT_LEAST_1:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ConfigError(name, f"{value} is not allowed", allowed="1 or more")
+    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and value < least:
+                raise ConfigError(name, f"{value} is not allowed", allowed=f"{least} or more")
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.kv_channels is None and args.hidden_size % heads:
         raise ConfigError(

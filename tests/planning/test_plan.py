@@ -241,6 +241,7 @@ def test_pipelines_wait_and_recomputation_costs() -> None:
         (("seq_length=0",), {}, "seq_length: 0"),
         (("hidden_size=0",), {}, "hidden_size: 0"),
         (("vocab_size=0",), {}, "vocab_size: 0"),
+        (("mtp_num_layers=-1",), {}, "mtp_num_layers: -1"),
         (
             ("num_attention_heads=32", "group_query_attention=true", "num_query_groups=3"),
             {},
