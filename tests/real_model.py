@@ -72,6 +72,7 @@ def build(
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.training.arguments import core_transformer_config_from_args
@@ -82,9 +83,13 @@ def build(
     if world > 1:
         _set_layout(args)
     config = core_transformer_config_from_args(args)
+    decoder = uar_layer_spec(experiment.uar)(config)
+    mtp = None
+    if args.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, decoder, use_transformer_engine=False)
     model = GPTModel(
         config,
-        uar_layer_spec(experiment.uar)(config),
+        decoder,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -94,8 +99,9 @@ def build(
         rotary_base=args.rotary_base,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        mtp_block_spec=mtp,
     )
-    return experiment, args, Float16Module(config, model) if args.bf16 else model
+    return experiment, args, Float16Module(config, model) if args.bf16 or args.fp16 else model
 
 
 def _set_layout(args: Any) -> None:

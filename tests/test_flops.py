@@ -43,6 +43,8 @@ def test_parts_by_hand() -> None:
     plain = dataclasses.replace(SHAPE, is_gated=False, latent=4)
     assert expert_row_flops(plain) == 2 * 4 * 7 * 2
     assert forward_flops(plain).latent_projections == 2 * 10 * 4 * 2
+    gated = dataclasses.replace(SHAPE, has_shared_gate=True)
+    assert forward_flops(gated).shared_experts == 2 * 10 * 5 * 3 + 2 * 10
 
 
 def test_a_step_by_hand() -> None:
@@ -72,6 +74,10 @@ SHAPES = {
     "gqa, wide heads": "--group-query-attention --num-query-groups 2 --kv-channels 24",
     "swiglu": "--swiglu",
     "shared experts": "--swiglu --moe-shared-expert-intermediate-size 56",
+    "gated shared experts": (
+        "--swiglu --moe-shared-expert-intermediate-size 56 --moe-shared-expert-gate"
+    ),
+    "gate without shared experts": "--swiglu --moe-shared-expert-gate",
     "dense first layer": "--moe-layer-freq [0]+[1]*3",
     "every second layer": "--moe-layer-freq 2",
     "two MTP layers": "--mtp-num-layers 2 --swiglu",
@@ -82,7 +88,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 def test_top_k_equals_megatrons_count(options: str) -> None:
-    """But for two things: Megatron leaves routers out and counts the norms of MTP layers."""
+    """But for routers and gates, which Megatron leaves out, and norms of MTP layers."""
     args = arguments(options)
     shape, tokens = shape_of(args), 6 * args.seq_length
     megatron = flops_function()(args, 6)
@@ -90,7 +96,8 @@ def test_top_k_equals_megatrons_count(options: str) -> None:
     step = step_flops(shape, tokens, [tokens * shape.topk] * moe_layers)
     routers = 3 * tokens * 2 * shape.hidden * shape.experts * moe_layers
     mtp_norms = 3 * tokens * 2 * 3 * shape.hidden * shape.mtp_layers
-    assert step.total - routers == pytest.approx(megatron - mtp_norms, rel=1e-12)
+    gates = 3 * tokens * 2 * shape.hidden * moe_layers * shape.has_shared_gate
+    assert step.total - routers - gates == pytest.approx(megatron - mtp_norms, rel=1e-12)
     assert step.total == step.top_k_total
     # The correction of Megatron's figure for other rows is the same difference.
     args.moe_router_topk += 1

@@ -393,7 +393,7 @@ def plan(
     )
     found = make_plan(job)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
     else:
         print_plan(found, Console())
 

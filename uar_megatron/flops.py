@@ -34,7 +34,8 @@ class ForwardFlops:
         dense_mlp: feed-forward layer without experts, as :func:`mlp_flops`.
         router: 2·hidden·E. Megatron leaves it out.
         expert_row: one token in one routed expert, as :func:`expert_row_flops`.
-        shared_experts: those that see every token, as one layer of their widths together.
+        shared_experts: those that see every token, as one layer of their widths together, with
+            their gate, 2·hidden. Megatron leaves the gate out.
         latent_projections: down before and up after the routed experts: 4·hidden·latent.
         mtp_projection: one MTP layer's projection of hidden state and embedding: 4·hidden².
         logits: 2·hidden·vocab, for the main loss and for each MTP layer once.
@@ -86,7 +87,8 @@ def forward_flops(shape: ModelShape, attention: Attention = "causal") -> Forward
         dense_mlp=mlp_flops(shape.hidden, shape.ffn, shape.is_gated),
         router=2 * shape.hidden * shape.experts,
         expert_row=expert_row_flops(shape),
-        shared_experts=mlp_flops(shape.hidden, shape.shared_ffn, shape.is_gated),
+        shared_experts=mlp_flops(shape.hidden, shape.shared_ffn, shape.is_gated)
+        + 2 * shape.hidden * shape.has_shared_gate,
         latent_projections=4 * shape.hidden * shape.latent,
         mtp_projection=4 * shape.hidden**2,
         logits=2 * shape.hidden * shape.vocab,

@@ -20,7 +20,7 @@ from uar_megatron.planning.load import EVEN, Imbalance, dirichlet, replay
 from uar_megatron.planning.state import precision_of
 from uar_megatron.planning.step_time import overlap_of
 from uar_megatron.policies import RoutingPolicy
-from uar_megatron.shape import ModelShape, shape_of
+from uar_megatron.shape import ModelShape, capacity_factor, shape_of
 
 _NOT_MODELLED = (
     "moe_latent_size",
@@ -34,6 +34,34 @@ _NOT_MODELLED = (
     "hybrid_layer_pattern",
     "heterogeneous_layers_config_path",
 )
+_AT_LEAST_1 = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "kv_channels",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_experts",
+    "moe_router_topk",
+    "vocab_size",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_vp_stage",
+    "recompute_num_layers",
+    "micro_batch_size",
+    "global_batch_size",
+)
+_AT_LEAST_0 = ("mtp_num_layers", "moe_shared_expert_intermediate_size", "moe_latent_size")
 
 
 def job_of(
@@ -64,8 +92,14 @@ def job_of(
     """
     args, routing, policies = _megatron(experiment)
     shape = shape_of(args)
+    if not any(shape.is_moe):
+        raise ConfigError(
+            "moe_layer_freq",
+            "no layer has experts, and a dense model is not planned",
+            remedy="give one layer experts at least, for example moe_layer_freq=1",
+        )
     layout = layout_of(args, shape, gpus, gpus_per_node)
-    factor = args.moe_expert_capacity_factor
+    factor = capacity_factor(args)
     layers = within_capacity(
         layers_of(experiment.uar, shape, policies),
         factor,
@@ -77,7 +111,7 @@ def job_of(
         tokens = sequences * layout.seq_length or None
     return Job(
         shape=shape,
-        how=implementation_of(args, routing),
+        how=implementation_of(args, experiment.uar, routing),
         layout=layout,
         precision=precision_of(args),
         overlap=overlap_of(args),
@@ -132,6 +166,24 @@ def _check_modelled(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:
             raise ConfigError(name, "is missing", remedy=f"set {name}")
+    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and value < least:
+                raise ConfigError(name, f"{value} is not allowed", allowed=f"{least} or more")
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.kv_channels is None and args.hidden_size % heads:
+        raise ConfigError(
+            "hidden_size",
+            f"{args.hidden_size} is not a multiple of num_attention_heads = {heads}",
+            remedy="change one of the two, or set kv_channels",
+        )
+    if args.group_query_attention and (groups < 1 or heads % groups):
+        raise ConfigError(
+            "num_query_groups",
+            f"{groups} does not divide num_attention_heads = {heads}",
+            allowed=", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
+        )
     if args.moe_token_dispatcher_type != "alltoall":
         raise ConfigError(
             "moe_token_dispatcher_type",
@@ -141,6 +193,14 @@ def _check_modelled(args: argparse.Namespace) -> None:
         )
     if args.optimizer != "adam":
         raise ConfigError("optimizer", f"{args.optimizer} is not modelled", allowed="adam")
+    instances = args.num_distributed_optimizer_instances
+    if instances > 1:
+        raise ConfigError(
+            "num_distributed_optimizer_instances",
+            f"{instances}: an optimizer cut within a part of the ranks is not modelled",
+            allowed="1",
+            remedy="plan with num_distributed_optimizer_instances=1",
+        )
     for name in _NOT_MODELLED:
         if getattr(args, name, None):
             raise ConfigError(name, "is not modelled", remedy=f"plan without {name}")

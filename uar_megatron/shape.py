@@ -34,6 +34,7 @@ class ModelShape:
         norm_params: parameters of one norm over ``hidden``.
         qk_norm_params: parameters of the norms of queries and keys in one layer, 0 without.
         latent: ``moe_latent_size``, the width that routed experts read and write; 0 for ``hidden``.
+        has_shared_gate: a gate weights the shared experts' output (``moe_shared_expert_gate``).
     """
 
     hidden: int
@@ -57,6 +58,7 @@ class ModelShape:
     norm_params: int
     qk_norm_params: int
     latent: int = 0
+    has_shared_gate: bool = False
 
 
 def moe_pattern(args: Any) -> tuple[bool, ...]:
@@ -64,11 +66,48 @@ def moe_pattern(args: Any) -> tuple[bool, ...]:
 
     Args:
         args: Megatron's arguments or its ``TransformerConfig``.
+
+    Raises:
+        ConfigError: no such pattern: Megatron asserts so where it builds the layers
+            (gpt_layer_specs.py:653).
     """
-    frequency = args.moe_layer_freq
+    frequency, layers = args.moe_layer_freq, args.num_layers
     if isinstance(frequency, int):
-        return tuple(i % frequency == 0 for i in range(args.num_layers))
+        if frequency < 1:
+            raise ConfigError(
+                "moe_layer_freq",
+                f"{frequency} is not allowed",
+                allowed="n ≥ 1, for experts in every n-th layer, or a list of 0 and 1",
+                remedy="1 gives every layer experts",
+            )
+        return tuple(i % frequency == 0 for i in range(layers))
+    if len(frequency) != layers:
+        raise ConfigError(
+            "moe_layer_freq",
+            f"the list has {len(frequency)} entries, num_layers is {layers}",
+            allowed="one entry for each layer",
+            remedy=f'write for example "[0]+[1]*{layers - 1}", or set num_layers',
+        )
+    if any(entry not in (0, 1) for entry in frequency):
+        raise ConfigError(
+            "moe_layer_freq",
+            f"{frequency} has other entries than 0 and 1",
+            remedy="write 1 for a layer with experts, 0 for a dense one",
+        )
     return tuple(bool(is_moe) for is_moe in frequency)
+
+
+def capacity_factor(args: Any) -> float | None:
+    """Return ``moe_expert_capacity_factor``; None where no token is dropped.
+
+    A negative one means none: Megatron's ``TransformerConfig`` sets it to None
+    (transformer_config.py:1661), but the arguments keep it.
+
+    Args:
+        args: Megatron's arguments or its ``TransformerConfig``.
+    """
+    factor = args.moe_expert_capacity_factor
+    return None if factor is None or factor < 0 else float(factor)
 
 
 def shape_of(args: Any) -> ModelShape:
@@ -95,6 +134,7 @@ def shape_of(args: Any) -> ModelShape:
                 "parameters, FLOPs and memory of this architecture are not modelled",
                 remedy=f"plan without {name}",
             )
+    shared_ffn = args.moe_shared_expert_intermediate_size or 0
     hidden, heads = args.hidden_size, args.num_attention_heads
     head_dim = args.kv_channels or hidden // heads
     ffn = args.ffn_hidden_size
@@ -109,7 +149,7 @@ def shape_of(args: Any) -> ModelShape:
         head_dim=head_dim,
         ffn=ffn,
         expert_ffn=args.moe_ffn_hidden_size or ffn,
-        shared_ffn=args.moe_shared_expert_intermediate_size or 0,
+        shared_ffn=shared_ffn,
         experts=args.num_experts,
         topk=args.moe_router_topk,
         is_moe=moe_pattern(args),
@@ -124,6 +164,7 @@ def shape_of(args: Any) -> ModelShape:
         norm_params=norms * hidden,
         qk_norm_params=2 * norms * head_dim if args.qk_layernorm else 0,
         latent=args.moe_latent_size or 0,
+        has_shared_gate=bool(shared_ffn and args.moe_shared_expert_gate),
     )
 
 

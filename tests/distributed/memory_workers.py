@@ -60,7 +60,7 @@ def main() -> None:
     with Allocations(apart_from=model) as allocations:
         loss = forward(model, args, seed=10 + place)
         measured = allocations.live_bytes()
-    how = implementation_of(args, "torch")
+    how = implementation_of(args, experiment.uar, "torch")
     columns = experiment.uar.budget.k_max
     numbers = [layer for layer, is_moe in enumerate(shape.is_moe) if is_moe]
     rows = {

@@ -18,6 +18,13 @@ LAYOUTS = {
         2,
         (*TENSOR, "expert_tensor_parallel_size=1", "expert_model_parallel_size=2"),
     ),
+    "tensor 2, gated shared expert": (
+        2,
+        (
+            *(*TENSOR, "expert_tensor_parallel_size=1", "expert_model_parallel_size=2"),
+            *("moe_shared_expert_intermediate_size=64", "moe_shared_expert_gate=true"),
+        ),
+    ),
     "tensor 2, experts on 2 and in 2": (4, (*TENSOR, "expert_model_parallel_size=2")),
     "pipeline 2": (2, ("pipeline_model_parallel_size=2", "num_layers=4", "moe_layer_freq=1")),
 }

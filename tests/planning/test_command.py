@@ -46,6 +46,9 @@ def test_prints_json_and_nothing_else() -> None:
     ("arguments", "words"),
     [
         (["--gpus", "12"], ["--gpus", "not a multiple of 8"]),
+        (["--gpus", "8", "--tokens", "inf", "--json"], ["--tokens", "finite"]),
+        (["--gpus", "8", "--nvlink-gbs", "inf", "--json"], ["--nvlink-gbs", "finite"]),
+        (["--gpus", "8", "--dirichlet", "inf"], ["--dirichlet", "finite"]),
         (["--gpus", "8", "--gpu", "h900"], ["--gpu", "did you mean"]),
         (["--gpus", "8", "hidden_sise=3"], ["hidden_sise", "did you mean 'hidden_size'"]),
     ],

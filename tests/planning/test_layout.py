@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from uar_megatron.config import UARConfig
 from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.arguments import megatron_parser, to_argv
+from uar_megatron.planning.activations import implementation_of
 from uar_megatron.planning.layout import Layout, layout_of
 from uar_megatron.shape import shape_of
 
@@ -65,6 +67,27 @@ def test_stages_of_an_interleaved_pipeline() -> None:
     assert [found.in_flight(stage) for stage in (0, 1)] == [5 / 2, 3 / 2]
     per_stage = layout(4, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert per_stage.stages == found.stages
+
+
+def recomputed(method: str, layers: int, mtp_layers: int = 0, **options: Any) -> list[Any]:
+    """Groups of recomputed layers on each stage of two."""
+    args = {"recompute_granularity": "full", "recompute_method": method, **options}
+    args |= {"recompute_num_layers": layers, "pipeline_model_parallel_size": 2}
+    parsed = megatron_parser().parse_args(to_argv(MODEL | args))
+    found = layout_of(parsed, shape_of(parsed), 2, 8)
+    how = implementation_of(parsed, UARConfig(), "torch")
+    return [how.recomputed_groups(found, stage, mtp_layers) for stage in (0, 1)]
+
+
+def test_recomputation_counts_the_layers_of_each_chunk() -> None:
+    """Rank 0 has layers 0 1 and 4 5, rank 1 has 2 3, 6 7 and the MTP layer 8."""
+    chunks = {"num_virtual_stages_per_pipeline_rank": 2, "global_batch_size": 64}
+    assert recomputed("block", 1, 1, **chunks) == [[(0,), (4,)], [(2,), (6,)]]
+    assert recomputed("block", 3, 1, **chunks)[1] == [(2,), (3,), (6,), (7,)]
+    assert recomputed("uniform", 1, 1, **chunks)[1] == [(2,), (3,), (6,), (7,), (8,)]
+    assert recomputed("uniform", 3, **chunks) == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
+    assert recomputed("uniform", 3) == [[(0, 1, 2), (3,)], [(4, 5, 6), (7,)]]
+    assert recomputed("block", 3)[1] == [(4,), (5,), (6,)]
 
 
 def test_micro_batches_in_flight_of_1f1b() -> None:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import planned
 
 from uar_megatron.errors import ConfigError
-from uar_megatron.experiment import load_experiment
-from uar_megatron.planner import job_of
-from uar_megatron.planning.hardware import hardware
 from uar_megatron.planning.memory import stage_memory
-from uar_megatron.planning.plan import Plan, plan
-
-CONFIG = Path(__file__).parents[2] / "configs" / "plan_256a8.yaml"
-
-
-def planned(gpus: int, *overrides: str, gpu: str = "h800", **options: Any) -> Plan:
-    experiment = load_experiment(CONFIG, overrides)
-    return plan(job_of(experiment, gpus, hardware(gpu), **{"mfu": 0.35} | options))
 
 
 def test_256a8_from_8_to_1024_gpus() -> None:
@@ -147,6 +138,32 @@ def test_what_does_not_fit_names_its_bound_and_the_remedy_fits(
     assert fitting.worst.total > 0.9 * fitting.job.usable_memory
 
 
+def test_the_gate_of_shared_experts_counts() -> None:
+    """A hidden vector in each of seven MoE layers, and its product with every token."""
+    shared = "moe_shared_expert_intermediate_size=320"
+    plain, gated = planned(64, shared), planned(64, shared, "moe_shared_expert_gate=true")
+    assert gated.parameters - plain.parameters == 7 * 1024
+    more = gated.flops_per_token["expected"] - plain.flops_per_token["expected"]
+    assert more == pytest.approx(3 * 7 * 2 * 1024)
+
+
+def test_a_negative_capacity_drops_no_token() -> None:
+    """Megatron trains dropless with it, so the kernels route as well."""
+    plain, negative = planned(64), planned(64, "moe_expert_capacity_factor=-1")
+    assert negative.k == plain.k
+    assert negative.worst.total == plain.worst.total
+    assert negative.job.how.routing == plain.job.how.routing == "kernels"
+
+
+def test_recompute_activations_is_selective_recomputation() -> None:
+    short = planned(64, "recompute_activations=true")
+    full = planned(64, "recompute_granularity=selective", "recompute_modules=[core_attn]")
+    assert short.job.how.recompute == {"core_attn"}
+    assert short.time.recomputation == full.time.recomputation > 0
+    over = planned(64, "recompute_granularity=full", "recompute_activations=true")
+    assert over.job.how == short.job.how
+
+
 def test_a_model_that_never_fits_says_so() -> None:
     found = planned(
         8, "num_layers=64", 'moe_layer_freq="[0]+[1]*63"', "expert_model_parallel_size=1"
@@ -175,8 +192,12 @@ def test_a_stage_holds_micro_batches_in_flight() -> None:
     """Stage 0 of 2 has layers 0 to 3, of which 3 have experts, for two micro-batches at once."""
     whole, job = planned(64), planned(64, "pipeline_model_parallel_size=2").job
     rows = job.rows_of_layer([8.0] * 7, [1.0] * 7)
+    torch = dataclasses.replace(job.how, routing="torch")
     for stage, layers, in_flight in ((0, 3, 2), (1, 4, 1)):
         memory = stage_memory(job.shape, job.how, job.layout, job.precision, stage, rows, 0)
+        dense = stage_memory(job.shape, torch, job.layout, job.precision, stage, rows, 0)
+        # Weights in fp32 and a map of 4096 tokens and 256 experts: whatever is in flight.
+        assert dense.activations["held by dispatchers"] == layers * 4096 * 256 * (4 + 1)
         expected = whole.expected.activations["experts"] * layers / 7 * in_flight
         assert memory.activations["experts"] == pytest.approx(expected)
         assert ("logits and loss" in memory.activations) == (stage == 1)
@@ -200,8 +221,39 @@ def test_pipelines_wait_and_recomputation_costs() -> None:
         (("vocab_size=null", "tokenizer_type=HuggingFaceTokenizer"), {}, "vocab_size"),
         (("moe_token_dispatcher_type=allgather",), {}, "alltoall"),
         (("optimizer=sgd",), {}, "adam"),
+        (("num_distributed_optimizer_instances=2",), {}, "num_distributed_optimizer_instances: 2"),
         (("num_experts=null",), {}, "num_experts"),
         (("num_layers=null",), {}, "num_layers"),
+        (("num_layers=32",), {}, "8 entries, num_layers is 32"),
+        (('moe_layer_freq="[0]+[1]*3"',), {}, "4 entries, num_layers is 8"),
+        (("moe_layer_freq=0",), {}, "moe_layer_freq: 0 is not allowed"),
+        (('moe_layer_freq="[0]*8"',), {}, "no layer has experts"),
+        (("tensor_model_parallel_size=0",), {}, "tensor_model_parallel_size: 0 is not allowed"),
+        (("pipeline_model_parallel_size=0",), {}, "pipeline_model_parallel_size: 0"),
+        (("expert_model_parallel_size=0",), {}, "expert_model_parallel_size: 0"),
+        (("context_parallel_size=0",), {}, "context_parallel_size: 0"),
+        (("context_parallel_size=-1",), {}, "context_parallel_size: -1"),
+        (("num_attention_heads=0",), {}, "num_attention_heads: 0"),
+        (("make_vocab_size_divisible_by=0",), {}, "make_vocab_size_divisible_by: 0"),
+        (("micro_batch_size=0",), {}, "micro_batch_size: 0"),
+        (("micro_batch_size=-1",), {}, "micro_batch_size: -1"),
+        (("global_batch_size=0",), {}, "global_batch_size: 0"),
+        (("seq_length=0",), {}, "seq_length: 0"),
+        (("hidden_size=0",), {}, "hidden_size: 0"),
+        (("vocab_size=0",), {}, "vocab_size: 0"),
+        (("mtp_num_layers=-1",), {}, "mtp_num_layers: -1"),
+        (
+            ("num_attention_heads=32", "group_query_attention=true", "num_query_groups=3"),
+            {},
+            "num_query_groups: 3 does not divide num_attention_heads = 32",
+        ),
+        (
+            ("num_attention_heads=32", "hidden_size=1000", "kv_channels=null"),
+            {},
+            "hidden_size: 1000 is not a multiple of num_attention_heads = 32",
+        ),
+        ((), {"tokens": float("inf")}, "--tokens"),
+        ((), {"mfu": 1e-310}, "the step takes for ever"),
         (("uar.budget.k_max=300",), {}, "k_max is 300"),
         (("multi_latent_attention=true",), {}, "multi_latent_attention"),
         ((), {"mfu": 0.0}, "--mfu"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from real_model import Allocations, build, forward
 
+from uar_megatron.flops import layers_with_experts
 from uar_megatron.planning.layout import Layout, layout_of
 from uar_megatron.planning.parameters import (
     RankParameters,
@@ -27,6 +28,10 @@ MODELS: dict[str, tuple[str, ...]] = {
         *("num_attention_heads=4", "group_query_attention=true", "num_query_groups=2"),
         *("moe_shared_expert_intermediate_size=40", "kv_channels=24"),
     ),
+    "gated shared expert": (
+        *("moe_shared_expert_intermediate_size=40", "moe_shared_expert_gate=true"),
+    ),
+    "multi-token prediction": ("mtp_num_layers=1",),
     "gelu, LayerNorm, biases, learned positions": (
         *("swiglu=false", "normalization=LayerNorm", "disable_bias_linear=false"),
         "position_embedding_type=learned_absolute",
@@ -44,7 +49,7 @@ def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> No
     assert model_parameters(shape).total == real
     on_rank = stage_parameters(shape, layout, 0).on_rank(layout)
     assert on_rank == RankParameters(real - experts, experts)
-    moe_layers = sum(shape.is_moe)
+    moe_layers = sum(layers_with_experts(shape))
     unused = (shape.experts - 3) / shape.experts * experts
     assert active_parameters(shape, [3.0] * moe_layers) == real - unused
 
@@ -57,6 +62,9 @@ def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> No
         ("bf16=true", "grad_reduce_in_bf16=true"),
         (),
         ("use_distributed_optimizer=true",),
+        ("fp16=true",),
+        ("fp16=true", "use_distributed_optimizer=true"),
+        ("fp16=true", "accumulate_allreduce_grads_in_fp32=true"),
     ],
     ids=" ".join,
 )

@@ -88,5 +88,6 @@ def test_links_can_be_given() -> None:
     assert found.peak_flops == GPUS["h100"].peak_flops
     with pytest.raises(ConfigError, match="did you mean 'h800'"):
         hardware("h80")
-    with pytest.raises(ConfigError, match="--network-gbs"):
-        hardware("h100", network_gbs=0)
+    for impossible in (0, float("inf"), float("nan"), 1e300):
+        with pytest.raises(ConfigError, match="--network-gbs"):
+            hardware("h100", network_gbs=impossible)

@@ -15,6 +15,7 @@ from uar_megatron.errors import ConfigError, UnsupportedEnvironmentError
 from uar_megatron.mcore.policies import num_experts
 from uar_megatron.policies import find_policy
 from uar_megatron.policies.base import KernelPolicy
+from uar_megatron.shape import capacity_factor
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def unknown_setting(uar: UARConfig, config: Any) -> str | None:
         return "they have no uar.weights=renormalised_to_K"
     if config.moe_router_dtype == "fp64":
         return "they compute in fp32 (moe_router_dtype=fp64)"
-    if config.moe_expert_capacity_factor is not None:
+    if capacity_factor(config) is not None:
         return "they do not drop tokens (moe_expert_capacity_factor)"
     if config.moe_router_padding_for_quantization:
         return "they do not pad experts (moe_router_padding_for_quantization)"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from uar_megatron.config import UARConfig
 from uar_megatron.planning.layout import Layout
 from uar_megatron.shape import ModelShape
 
@@ -35,7 +36,9 @@ class Implementation:
         dropout_mask: bytes of an element of a dropout mask.
         routing: who routes: ``stock`` Megatron, ours in plain ``torch``, or our ``kernels``.
         keeps_scores: the selection keeps a score of every expert (softmax before, or sigmoid).
+        has_transport_plan: ``sinkhorn_selective`` routes.
         has_auxiliary_loss: scores of all experts are kept for it.
+        has_entropy_loss: so are the probabilities and their logarithms, for that of ``top_p``.
         has_fused_permutation: Transformer Engine's.
         stacks_weights: grouped GEMM in torch stacks a copy of the experts' weights.
         recompute: ``recompute_modules`` under selective recomputation.
@@ -55,31 +58,53 @@ class Implementation:
     dropout_mask: int
     routing: str
     keeps_scores: bool
+    has_transport_plan: bool
     has_auxiliary_loss: bool
+    has_entropy_loss: bool
     has_fused_permutation: bool
     stacks_weights: bool
     recompute: frozenset[str]
     recomputed_layers: tuple[str, int] | None
 
-    def is_recomputed(self, position: int) -> bool:
-        """Whether full recomputation covers the layer at this position of its pipeline rank."""
+    def recomputed_groups(
+        self, layout: Layout, stage: int, mtp_layers: int
+    ) -> list[tuple[int, ...]]:
+        """Layers of a pipeline rank that full recomputation runs at once, for each input it keeps.
+
+        Every model chunk counts its layers anew, so groups end with chunks (core/recompute.py:167).
+        MTP layers are alone, and ``block`` leaves them out (multi_token_prediction.py:1424).
+        """
         if self.recomputed_layers is None:
-            return False
+            return []
         method, count = self.recomputed_layers
-        return method != "block" or position < count
+        chunks = layout.chunks_of(stage)
+        if method == "block":
+            return [(layer,) for chunk in chunks for layer in chunk[:count]]
+        groups = [chunk[i : i + count] for chunk in chunks for i in range(0, len(chunk), count)]
+        mtp = layout.layers_of(stage, mtp_layers)[len(layout.stages[stage]) :]
+        return groups + [(layer,) for layer in mtp]
+
+    def recomputed_on(self, layout: Layout, stage: int, mtp_layers: int) -> set[int]:
+        """Layers of a pipeline rank that full recomputation covers."""
+        groups = self.recomputed_groups(layout, stage, mtp_layers)
+        return {layer for group in groups for layer in group}
 
 
-def implementation_of(args: Any, routing: str) -> Implementation:
-    """Read it from Megatron's arguments.
+def implementation_of(args: Any, uar: UARConfig, routing: str) -> Implementation:
+    """Read it from Megatron's arguments and ours.
 
     Args:
         args: parsed arguments.
+        uar: the UAR section.
         routing: as the attribute.
     """
     element = 2 if args.bf16 or args.fp16 else FP32
     is_te = args.transformer_impl != "local"
     backend = getattr(args.attention_backend, "name", str(args.attention_backend))
-    selective = args.recompute_granularity == "selective"
+    granularity = args.recompute_granularity
+    if getattr(args, "recompute_activations", False):
+        granularity = "selective"  # as Megatron's validation has it (arguments.py:589)
+    modules = args.recompute_modules or ["core_attn"]
     layers = (args.recompute_method or "uniform", args.recompute_num_layers or 1)
     types = args.moe_router_load_balancing_type
     types = types if isinstance(types, list) else [types]
@@ -99,11 +124,13 @@ def implementation_of(args: Any, routing: str) -> Implementation:
         dropout_mask=1 if is_te else element,
         routing=routing,
         keeps_scores=args.moe_router_pre_softmax or args.moe_router_score_function != "softmax",
+        has_transport_plan=uar.policy == "sinkhorn_selective",
         has_auxiliary_loss=any(t.endswith("aux_loss") for t in types) and any(coefficients),
+        has_entropy_loss=uar.policy == "top_p" and uar.top_p.entropy_coeff > 0,
         has_fused_permutation=bool(args.moe_permute_fusion),
         stacks_weights=bool(args.moe_grouped_gemm) and not is_te,
-        recompute=frozenset((args.recompute_modules or ["core_attn"]) if selective else ()),
-        recomputed_layers=layers if args.recompute_granularity == "full" else None,
+        recompute=frozenset(modules if granularity == "selective" else ()),
+        recomputed_layers=layers if granularity == "full" else None,
     )
 
 
@@ -125,15 +152,14 @@ class Rows:
 
 
 def norm_bytes(shape: ModelShape, how: Implementation, tokens: float) -> float:
-    """A norm's input, output and statistics.
+    """A norm's input and statistics; its output belongs to what reads it.
 
-    In plain torch RMSNorm keeps an fp32 input and the fp32 normalised input besides its output.
+    In plain torch RMSNorm keeps an fp32 input and the fp32 normalised input.
     """
-    output = 0 if "layernorm" in how.recompute else shape.hidden * how.element
     if how.has_fused_norms or how.is_layer_norm:
         statistics = FP32 * (2 if how.is_layer_norm else 1)
-        return tokens * (shape.hidden * how.element + output + statistics)
-    return tokens * (2 * FP32 * shape.hidden + FP32 + output)
+        return tokens * (shape.hidden * how.element + statistics)
+    return tokens * (2 * FP32 * shape.hidden + FP32)
 
 
 def attention_bytes(
@@ -192,7 +218,10 @@ def feed_forward_elements(shape: ModelShape, how: Implementation) -> int:
 
 
 def router_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
-    """What routing keeps for its backward."""
+    """What routing keeps for its backward.
+
+    Of ``sinkhorn_selective`` a step that its transport plan routes: others keep less.
+    """
     experts = shape.experts
     scores = experts * FP32 * how.has_auxiliary_loss
     if how.routing == "kernels":
@@ -203,16 +232,37 @@ def router_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
         kept = experts * FP32 if how.keeps_scores else rows.k_max * FP32
         return rows.tokens * (chosen + kept + scores)
     # The sort of all experts is kept whole; its first columns are the selection.
-    kept = experts * FP32 if how.keeps_scores else experts * how.logit + rows.k_max * FP32
+    if how.has_transport_plan:
+        # The probabilities, the rows of the plan whose selected entries the softmax takes.
+        return rows.tokens * (2 * experts * FP32 + rows.k_max * (INT64 + FP32))
+    # Scores, or the logits whose selected ones the softmax takes, are in fp32 in any router dtype.
+    kept = experts * FP32 + (not how.keeps_scores) * rows.k_max * FP32
+    kept += 2 * experts * FP32 * how.has_entropy_loss
     return rows.tokens * (experts * INT64 + rows.k_max + FP32 + kept + scores)
 
 
-def held_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
-    """What the dispatcher holds on to until its next forward, recomputed or not."""
+def held_bytes(shape: ModelShape, how: Implementation, rows: Rows, is_recomputed: bool) -> float:
+    """What the dispatcher of a layer holds on to until its next forward overwrites it.
+
+    So it is there once, however many micro-batches are in flight: the dense weights and map, which
+    no backward needs, and the rows' indices, which the backward has anyway where it keeps them.
+
+    Args:
+        shape: the model.
+        how: its implementation.
+        rows: of the layer.
+        is_recomputed: the whole layer is, in the backward.
+    """
     if how.routing == "kernels":
         return 0.0
-    indices = 0.0 if how.has_fused_permutation else rows.sent * INT64
+    keeps_indices = not is_recomputed and "moe" not in how.recompute
+    indices = 0.0 if keeps_indices else _index_bytes(how, rows)
     return rows.tokens * shape.experts * (how.logit + 1) + indices
+
+
+def _index_bytes(how: Implementation, rows: Rows) -> float:
+    """Of each row the token it is of; Transformer Engine's permutation has a map instead."""
+    return 0.0 if how.has_fused_permutation else rows.sent * INT64
 
 
 def dispatch_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
@@ -223,7 +273,8 @@ def dispatch_bytes(shape: ModelShape, how: Implementation, rows: Rows) -> float:
         return received
     if how.has_fused_permutation:
         return received + rows.tokens * (2 * shape.experts + 1) * INT32
-    return received + rows.tokens * shape.experts * INT64  # the sort of the whole map
+    sort = rows.tokens * shape.experts * INT64  # of the whole map
+    return received + sort + _index_bytes(how, rows)
 
 
 def expert_bytes(shape: ModelShape, how: Implementation, rows: Rows, layout: Layout) -> float:
@@ -246,16 +297,17 @@ def moe_bytes(
     shape: ModelShape, how: Implementation, rows: Rows, layout: Layout
 ) -> dict[str, float]:
     """A MoE layer after its norm, by part."""
-    held = held_bytes(shape, how, rows)
     if "moe" in how.recompute:
-        return {"routing": held}
+        return {}
     shared = 0.0
     if shape.shared_ffn and "shared_experts" not in how.recompute:
         width = shape.shared_ffn / layout.tensor * how.element
         shared = layout.tokens * width * feed_forward_elements(shape, how)
+        # The gate, and what it is multiplied with.
+        shared += shape.has_shared_gate * rows.tokens * (shape.hidden + 1) * how.element
     latent = rows.tokens * shape.latent * how.element
     return {
-        "routing": router_bytes(shape, how, rows) + held,
+        "routing": router_bytes(shape, how, rows),
         "dispatched rows": dispatch_bytes(shape, how, rows),
         "experts": expert_bytes(shape, how, rows, layout),
         "shared experts": shared + latent,
@@ -274,8 +326,10 @@ def layer_bytes(
         rows: of a MoE layer; None for a dense one.
     """
     is_recomputed = "core_attn" in how.recompute
+    outputs = ("layernorm" not in how.recompute) * shape.hidden * how.element
+    norm = norm_bytes(shape, how, layout.routed_tokens) + layout.routed_tokens * outputs
     parts = {
-        "norms": 2 * norm_bytes(shape, how, layout.routed_tokens),
+        "norms": 2 * norm,
         "attention": attention_bytes(shape, how, layout, is_recomputed),
     }
     if rows is not None:
@@ -288,11 +342,22 @@ def layer_bytes(
     return parts
 
 
+def mtp_bytes(shape: ModelShape, how: Implementation, layout: Layout) -> float:
+    """A layer for multi-token prediction, but for its transformer layer.
+
+    The norms of hidden state, embedding and result, and the first two side by side, which the
+    projection reads (multi_token_prediction.py, ``_concat_embeddings``).
+    """
+    joined = layout.routed_tokens * 2 * shape.hidden * how.element
+    return 3 * norm_bytes(shape, how, layout.routed_tokens) + joined
+
+
 def output_bytes(shape: ModelShape, how: Implementation, layout: Layout) -> float:
-    """The final norm, and the logits, of which the loss keeps the softmax in fp32."""
+    """The input of the output layer, and the logits, of which the loss keeps an fp32 softmax."""
+    hidden = layout.routed_tokens * shape.hidden * how.element
     logits = layout.tokens * shape.vocab / layout.tensor * FP32
     targets = layout.tokens * (2 * INT64 + FP32)
-    return norm_bytes(shape, how, layout.routed_tokens) + logits + targets
+    return hidden + logits + targets
 
 
 def score_buffer_bytes(shape: ModelShape, how: Implementation, layout: Layout) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from uar_megatron.config import nearest
@@ -63,7 +64,7 @@ def hardware(
         network_gbs: the same between nodes.
 
     Raises:
-        ConfigError: unknown GPU, or a bandwidth that is not positive.
+        ConfigError: unknown GPU, or a bandwidth that is not positive and finite.
     """
     found = GPUS.get(name.lower())
     if found is None:
@@ -74,8 +75,8 @@ def hardware(
             remedy=nearest(name.lower(), GPUS),
         )
     for option, value in {"--nvlink-gbs": nvlink_gbs, "--network-gbs": network_gbs}.items():
-        if value is not None and not value > 0:
-            raise ConfigError(option, f"{value:g} is not allowed", allowed="more than 0")
+        if value is not None and not 0 < value * 1e9 < math.inf:
+            raise ConfigError(option, f"{value:g} is not allowed", allowed="more than 0, finite")
     return dataclasses.replace(
         found,
         nvlink=nvlink_gbs * 1e9 if nvlink_gbs else found.nvlink,

@@ -81,6 +81,12 @@ class Layout:
         warmup = (self.pipeline - stage - 1) * 2 + (self.virtual - 1) * self.warmup_group
         return min(warmup + 1, self.micro_batches * self.virtual) / self.virtual
 
+    def chunks_of(self, stage: int) -> list[tuple[int, ...]]:
+        """Decoder layers of a pipeline rank, by model chunk."""
+        layers = self.stages[stage]
+        size = len(layers) // self.virtual
+        return [layers[i * size : (i + 1) * size] for i in range(self.virtual)]
+
     def layers_of(self, stage: int, mtp_layers: int) -> list[int]:
         """Layers of a pipeline rank; MTP layers, on the last, count on from the decoder's."""
         layers = list(self.stages[stage])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,12 @@ def dirichlet(concentration: float, experts: int, ranks: int) -> Imbalance:
         ranks: of expert parallelism.
 
     Raises:
-        ConfigError: a concentration that is not positive.
+        ConfigError: a concentration that is not positive and finite.
     """
-    if not concentration > 0:
-        raise ConfigError("--dirichlet", f"{concentration:g} is not allowed", allowed="more than 0")
+    if not 0 < concentration < math.inf:
+        raise ConfigError(
+            "--dirichlet", f"{concentration:g} is not allowed", allowed="more than 0, finite"
+        )
     alphas = np.full(ranks, concentration * experts / ranks)
     shares = np.random.default_rng(_SEED).dirichlet(alphas, SAMPLES)
     fullest = shares.max(axis=1) * ranks
@@ -64,7 +67,7 @@ def replay(path: Path, experts: int, ranks: int, layers: int) -> list[Imbalance]
     """Imbalance of each MoE layer as a run log has it.
 
     Loads in a run log are means over a logging interval and all ranks: a single micro-batch is
-    more uneven.
+    more uneven. A load that sums to nothing or to no number says nothing, and is left out.
 
     Args:
         path: ``run.jsonl`` of a run of as many experts, or its folder.
@@ -74,33 +77,39 @@ def replay(path: Path, experts: int, ranks: int, layers: int) -> list[Imbalance]
 
     Raises:
         UARError: no run log there.
-        ConfigError: it is of another model.
+        ConfigError: it is of another model, or has no load of some layer.
     """
     path = path / "run.jsonl" if path.is_dir() else path
     steps = read_run(path).steps
     records = [[layer.load for layer in step.layers] for step in steps if step.layers]
     if not records:
         raise ConfigError("--load", f"{path} has no step with routing metrics")
-    for name, found, wanted in (
-        ("MoE layers", len(records[0]), layers),
-        ("experts", len(records[0][0]), experts),
-    ):
-        if found != wanted:
-            raise ConfigError(
-                "--load",
-                f"{path} is of {found} {name}, the configuration has {wanted}",
-                remedy="replay the log of a run of this model, or use --dirichlet",
-            )
-    source = f"{len(records)} records of {path}"
-    imbalances = []
-    for layer in range(layers):
-        fullest = [fullest_rank(loads[layer], ranks) for loads in records]
-        imbalances.append(Imbalance(float(np.mean(fullest)), max(fullest), source))
-    return imbalances
+    found = [("MoE layers", len(loads), layers) for loads in records]
+    found += [("experts", len(load_E), experts) for loads in records for load_E in loads]
+    other = next((one for one in found if one[1] != one[2]), None)
+    if other is not None:
+        name, has, wanted = other
+        raise ConfigError(
+            "--load",
+            f"{path} is of {has} {name}, the configuration has {wanted}",
+            remedy="replay the log of a run of this model, or use --dirichlet",
+        )
+    return [_replayed([loads[layer] for loads in records], ranks, path) for layer in range(layers)]
+
+
+def _replayed(loads: list[list[float]], ranks: int, path: Path) -> Imbalance:
+    """Imbalance of one layer from its load in each record."""
+    fullest = [fullest_rank(load_E, ranks) for load_E in loads if 0 < sum(load_E) < math.inf]
+    if not fullest:
+        raise ConfigError(
+            "--load",
+            f"{path} has a layer whose loads are all zero or not finite",
+            remedy="replay the log of a healthy run, or use --dirichlet",
+        )
+    return Imbalance(float(np.mean(fullest)), max(fullest), f"{len(fullest)} records of {path}")
 
 
 def fullest_rank(load_E: Sequence[float], ranks: int) -> float:
     """Load of the fullest rank over the mean; ranks hold consecutive experts."""
     per_rank = np.asarray(load_E, dtype=float).reshape(ranks, -1).sum(axis=1)
-    total = per_rank.sum()
-    return float(per_rank.max() * ranks / total) if total > 0 else 1.0
+    return float(per_rank.max() * ranks / per_rank.sum())

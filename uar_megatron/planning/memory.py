@@ -12,6 +12,8 @@ from uar_megatron.planning.activations import (
     dropout_bytes,
     held_bytes,
     layer_bytes,
+    mtp_bytes,
+    norm_bytes,
     output_bytes,
     score_buffer_bytes,
 )
@@ -28,7 +30,8 @@ class RankMemory:
     Attributes:
         stage: the pipeline rank.
         state: weights, gradients and optimizer.
-        activations: kept for backward, by part, over all micro-batches in flight.
+        activations: kept for backward, by part, over all micro-batches in flight; what dispatchers
+            hold is there once.
         passing: buffers that live for moments, the largest at one time: rows on their way to
             experts and back, logits and their gradient, a layer that is recomputed, the scores of
             unfused attention.
@@ -85,10 +88,17 @@ def stage_memory(
     kept, recomputed = micro_batch_bytes(shape, how, layout, stage, rows_of_layer)
     in_flight = layout.in_flight(stage)
     activations = {name: size * in_flight for name, size in kept.items()}
+    again = how.recomputed_on(layout, stage, shape.mtp_layers)
+    activations["held by dispatchers"] = sum(
+        held_bytes(shape, how, rows_of_layer[layer], layer in again)
+        for layer in layout.layers_of(stage, shape.mtp_layers)
+        if layer in rows_of_layer
+    )
     if stage == layout.pipeline - 1:
         # The last stage takes the backward of a micro-batch right after its forward.
         outputs = 1 + shape.mtp_layers
         activations["logits and loss"] = outputs * output_bytes(shape, how, layout)
+        activations["norms"] += norm_bytes(shape, how, layout.routed_tokens)
     on_stage = [
         rows_of_layer[i] for i in layout.layers_of(stage, shape.mtp_layers) if i in rows_of_layer
     ]
@@ -120,37 +130,37 @@ def micro_batch_bytes(
     stage: int,
     rows_of_layer: Mapping[int, Rows],
 ) -> tuple[dict[str, float], float]:
-    """Return what the backward of one micro-batch needs, without logits, and what comes with it.
+    """Return what the backward of one micro-batch needs, and what it recomputes.
+
+    Without logits, and without what dispatchers hold, which the next micro-batch overwrites.
 
     Returns:
         Bytes by part; and the bytes of what is recomputed at one time.
     """
-    kept: dict[str, float] = {}
-    recomputed = 0.0
     nothing = dataclasses.replace(how, recompute=frozenset())
     layers = layout.layers_of(stage, shape.mtp_layers)
-    if stage == 0:
-        kept["norms"] = dropout_bytes(shape, how, layout)
+
+    def parts_of(layer: int, way: Implementation) -> dict[str, float]:
+        parts = layer_bytes(shape, way, layout, rows_of_layer.get(layer))
+        if layer >= len(shape.is_moe):
+            parts["norms"] += mtp_bytes(shape, way, layout)
+        return parts
+
+    whole = {layer: sum(parts_of(layer, nothing).values()) for layer in layers}
+    groups = how.recomputed_groups(layout, stage, shape.mtp_layers)
+    again = how.recomputed_on(layout, stage, shape.mtp_layers)
+    recomputed = max((sum(whole[layer] for layer in group) for group in groups), default=0.0)
     layer_input = layout.routed_tokens * shape.hidden * how.element
-    for position, layer in enumerate(layers):
-        rows = rows_of_layer.get(layer)
-        whole = layer_bytes(shape, nothing, layout, rows)
-        size, is_saved = _recomputed_group(how, position, len(layers))
-        if size:
-            parts = {"routing": held_bytes(shape, how, rows)} if rows else {}
-            parts["layer inputs"] = layer_input * is_saved
-            recomputed = max(recomputed, size * sum(whole.values()))
-        else:
-            parts = layer_bytes(shape, how, layout, rows)
-            recomputed = max(recomputed, sum(whole.values()) - sum(parts.values()))
+    # An MTP layer has two: the hidden state and the embedding.
+    inputs = len(groups) + sum(layer >= len(shape.is_moe) for layer in again)
+    kept = {"layer inputs": layer_input * inputs, "norms": 0.0}
+    if stage == 0:
+        kept["norms"] += dropout_bytes(shape, how, layout)
+    for layer in layers:
+        if layer in again:
+            continue
+        parts = parts_of(layer, how)
+        recomputed = max(recomputed, whole[layer] - sum(parts.values()))
         for name, value in parts.items():
             kept[name] = kept.get(name, 0.0) + value
     return kept, recomputed
-
-
-def _recomputed_group(how: Implementation, position: int, layers: int) -> tuple[int, bool]:
-    """Layers that are recomputed together with this one, 0 for none; and if its input is kept."""
-    if how.recomputed_layers is None or not how.is_recomputed(position):
-        return 0, False
-    method, count = how.recomputed_layers
-    return (1, True) if method == "block" else (min(count, layers), position % count == 0)

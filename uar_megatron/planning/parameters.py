@@ -17,8 +17,8 @@ class Parameters:
     Attributes:
         sharded: cut by tensor parallelism: embeddings, and the matrices of attention, dense
             layers and shared experts with the biases that follow their columns.
-        replicated: on every tensor rank: norms, routers, other biases, projections to a latent
-            width.
+        replicated: on every tensor rank: norms, routers, gates of shared experts, other biases,
+            projections to a latent width.
         experts: routed experts' matrices, cut by expert and expert tensor parallelism.
         expert_biases: of their outputs, which expert tensor parallelism does not cut.
     """
@@ -75,6 +75,7 @@ def layer_parameters(shape: ModelShape, is_moe: bool) -> Parameters:
     width, shared = shape.latent or hidden, shape.shared_ffn
     sharded += (columns + 1) * hidden * shared + shape.has_bias * columns * shared
     replicated += shape.has_bias * hidden * (shared > 0) + 2 * hidden * shape.latent
+    replicated += hidden * shape.has_shared_gate
     replicated += hidden * shape.experts + shape.has_bias * shape.experts
     matrices = (
         columns + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,10 @@ def plan(job: Job) -> Plan:
     """
     if not 0 < job.mfu <= 1:
         raise ConfigError("--mfu", f"{job.mfu:g} is not allowed", allowed="more than 0, up to 1")
-    if job.tokens is not None and not job.tokens > 0:
-        raise ConfigError("--tokens", f"{job.tokens:g} is not allowed", allowed="more than 0")
+    if job.tokens is not None and not 0 < job.tokens < math.inf:
+        raise ConfigError(
+            "--tokens", f"{job.tokens:g} is not allowed", allowed="more than 0, finite"
+        )
     ks = {
         "K_min": [float(layer.k_min) for layer in job.layers],
         "expected": [layer.expected for layer in job.layers],
@@ -115,6 +118,8 @@ def plan(job: Job) -> Plan:
         expected_rows,
         exchanges,
     )
+    if not math.isfinite(time.total):
+        raise ConfigError("--mfu", "the step takes for ever", remedy="raise it, or the bandwidths")
     first, _ = exchanges[job.moe_layers()[0]]
     tokens_per_step = job.layout.global_batch * job.layout.seq_length
     seconds_per_day = 86400

@@ -1,7 +1,8 @@
 """Memory of weights, gradients and optimizer, by Megatron's bytes per parameter.
 
 As Megatron's estimate (theoretical_memory_usage.py:290): in bf16 with fp32 gradients 18 bytes per
-parameter, 6 + 12 / DP with the distributed optimizer. Megatron pads its buckets; that is left out.
+parameter, 6 + 12 / DP with the distributed optimizer; in fp16, whose gradients are fp16, 2 less.
+Megatron pads its buckets; that is left out.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class State:
 def precision_of(args: Any) -> Precision:
     """Return the bytes per parameter that Megatron's arguments ask for (Adam)."""
     is_half = bool(args.bf16 or args.fp16)
-    has_half_gradients = is_half and (
-        args.grad_reduce_in_bf16 or str(args.main_grads_dtype).endswith(("bf16", "bfloat16"))
-    )
+    if args.bf16:  # which turns fp32 gradients on unless it is told not to (arguments.py:1190)
+        main_grads = str(args.main_grads_dtype)
+        has_half_gradients = args.grad_reduce_in_bf16 or main_grads.endswith(("bf16", "bfloat16"))
+    else:
+        has_half_gradients = args.fp16 and not args.accumulate_allreduce_grads_in_fp32
     return Precision(
         weight=2 if is_half else 4,
         gradient=2 if has_half_gradients else 4,

@@ -19,7 +19,9 @@ ASSUMPTIONS = (
     "every pipeline stage waits for the slowest one, and every rank for the fullest experts",
     "an all-to-all uses NVLink and network at once at full bandwidth; latency is left out",
     "all-to-all and tensor-parallel communication are not overlapped with computation",
-    "gradients and parameters go round one ring at the network's bandwidth where it crosses nodes",
+    "gradients, parameters and what tensor-parallel ranks exchange go round one ring, at the "
+    "network's bandwidth where it crosses nodes",
+    "the exchange of keys and values under context parallelism is left out",
     "optimizer, sends between pipeline stages, data loading, validation and saving are left out",
 )
 
@@ -46,7 +48,8 @@ class StepTime:
         experts: of routed experts, on the rank whose experts are fullest.
         recomputation: of activations.
         all_to_all: exchange of rows, of recomputed layers too.
-        tensor_parallel: collectives of tensor and expert tensor parallelism.
+        tensor_parallel: collectives of tensor and expert tensor parallelism, of recomputed layers
+            too.
         bubble: waiting at the ends of the pipeline.
         gradients: what is left of reducing gradients and gathering parameters.
     """
@@ -126,7 +129,8 @@ def _micro_batch(
     """FLOPs of one rank for a micro-batch: outside of experts, in experts, recomputed."""
     tokens = layout.tokens / layout.tensor
     dense = experts = recomputed = 0.0
-    for position, layer in enumerate(layout.layers_of(stage, shape.mtp_layers)):
+    whole = how.recomputed_on(layout, stage, shape.mtp_layers)
+    for layer in layout.layers_of(stage, shape.mtp_layers):
         rows = rows_of_layer.get(layer)
         in_experts = rows.received * flops.expert_row / layout.expert_tensor if rows else 0.0
         outside = tokens * flops.layer(0 if rows else None)
@@ -140,7 +144,7 @@ def _micro_batch(
             "moe": (rows is not None) * tokens * (flops.layer(0) - flops.attention) + in_experts,
             "shared_experts": (rows is not None) * tokens * flops.shared_experts,
         }
-        if how.is_recomputed(position):
+        if layer in whole:
             recomputed += outside + in_experts
         else:
             recomputed += sum(again.get(module, 0.0) for module in how.recompute)
@@ -158,11 +162,12 @@ def _all_to_all(
     exchange_of_layer: Mapping[int, tuple[Exchange, float]],
 ) -> float:
     seconds = 0.0
-    for position, layer in enumerate(layout.layers_of(stage, shape.mtp_layers)):
+    whole = how.recomputed_on(layout, stage, shape.mtp_layers)
+    for layer in layout.layers_of(stage, shape.mtp_layers):
         if layer not in exchange_of_layer:
             continue
         found, imbalance = exchange_of_layer[layer]
-        is_again = how.is_recomputed(position) or "moe" in how.recompute
+        is_again = layer in whole or "moe" in how.recompute
         size = found.forward * (1 + is_again) + found.backward
         seconds += all_to_all_seconds(size, found, hardware) * imbalance
     return seconds
@@ -179,20 +184,33 @@ def _tensor_parallel(
     """Collectives within a tensor-parallel group.
 
     Under sequence parallelism a block gathers its input and scatters its output, in backward the
-    gradients of both, and gathers its input once more for the gradient of the weight.
+    gradients of both, and gathers its input once more for the gradient of the weight. Expert tensor
+    ranks gather rows and scatter outputs, and their gradients. Recomputation repeats the forward's.
     """
-    seconds = 0.0
     hidden = layout.tokens * shape.hidden * how.element
-    block = 5 * ring_seconds(hidden, layout.tensor, hardware.nvlink)
+    ring = ring_seconds(hidden, layout.tensor, _bandwidth(layout.tensor, 1, layout, hardware))
+    between_experts = _bandwidth(layout.expert_tensor, 1, layout, hardware)
+    whole = how.recomputed_on(layout, stage, shape.mtp_layers)
+    seconds = 0.0
     for layer in layout.layers_of(stage, shape.mtp_layers):
-        seconds += block
+        is_whole = layer in whole
+        seconds += (5 + 2 * is_whole) * ring
         if layer not in exchange_of_layer:
-            seconds += block
+            seconds += (5 + 2 * (is_whole or "mlp" in how.recompute)) * ring
             continue
-        seconds += block * (shape.shared_ffn > 0)
-        rows = exchange_of_layer[layer][0].gathered * layout.expert_tensor
-        seconds += 4 * ring_seconds(rows, layout.expert_tensor, hardware.nvlink)
+        is_again = is_whole or "moe" in how.recompute
+        if shape.shared_ffn:
+            seconds += (5 + 2 * (is_again or "shared_experts" in how.recompute)) * ring
+        found, imbalance = exchange_of_layer[layer]
+        rows = found.gathered * layout.expert_tensor * imbalance
+        seconds += (4 + 2 * is_again) * ring_seconds(rows, layout.expert_tensor, between_experts)
     return seconds
+
+
+def _bandwidth(ranks: int, stride: int, layout: Layout, hardware: Hardware) -> float:
+    """Of a ring of ranks that lie ``stride`` apart: the network's where it crosses nodes."""
+    crosses = ranks > 1 and ranks * stride > layout.gpus_per_node
+    return hardware.network if crosses else hardware.nvlink
 
 
 def _gradients(
@@ -218,8 +236,7 @@ def _gradients(
     reduce = gather = 0.0
     gathered = precision.weight if precision.is_distributed else precision.gradient
     for count, ranks, stride in groups:
-        crosses = ranks > 1 and ranks * stride > layout.gpus_per_node
-        bandwidth = hardware.network if crosses else hardware.nvlink
+        bandwidth = _bandwidth(ranks, stride, layout, hardware)
         reduce += ring_seconds(count * precision.gradient, ranks, bandwidth)
         gather += ring_seconds(count * gathered, ranks, bandwidth)
     hides_gather = overlap.parameters if precision.is_distributed else overlap.gradients
