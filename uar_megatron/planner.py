@@ -24,6 +24,7 @@ from uar_megatron.shape import ModelShape, capacity_factor, shape_of
 
 _NOT_MODELLED = (
     "moe_latent_size",
+    "mtp_use_repeated_layer",
     "fp8",
     "fp4",
     "use_megatron_fsdp",

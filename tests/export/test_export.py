@@ -244,12 +244,16 @@ def test_a_policy_that_cannot_be_exported(text_run: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="seq_topk cannot be exported: its experts follow from"):
         run("export", text_run, "-o", tmp_path / "hf", "--config", config)
     source = read_checkpoint(text_run)
-    for name, value in (("window_size", (4, 0)), ("normalization", "L2Norm")):
+    refused = {"window_size": (4, 0), "normalization": "L2Norm", "moe_expert_capacity_factor": 0.0}
+    for name, value in refused.items():
         usual = getattr(source.args, name)
         setattr(source.args, name, value)
         with pytest.raises(ConfigError, match=name):
             export_model(source, tmp_path / "hf")
         setattr(source.args, name, usual)
+    source.args.moe_expert_capacity_factor = -1.0  # Megatron's other way to say none
+    export_model(source, tmp_path / "no capacity")
+    shutil.rmtree(tmp_path / "no capacity")
     source.tensors["decoder.layers.1.mlp.something.weight"] = torch.zeros(1)
     with pytest.raises(UARError, match="something"):
         export_model(source, tmp_path / "hf")

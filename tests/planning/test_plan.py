@@ -221,6 +221,7 @@ def test_pipelines_wait_and_recomputation_costs() -> None:
         (("vocab_size=null", "tokenizer_type=HuggingFaceTokenizer"), {}, "vocab_size"),
         (("moe_token_dispatcher_type=allgather",), {}, "alltoall"),
         (("optimizer=sgd",), {}, "adam"),
+        (("mtp_use_repeated_layer=true",), {}, "mtp_use_repeated_layer"),
         (("num_distributed_optimizer_instances=2",), {}, "num_distributed_optimizer_instances: 2"),
         (("num_experts=null",), {}, "num_experts"),
         (("num_layers=null",), {}, "num_layers"),

@@ -14,6 +14,7 @@ from uar_megatron.errors import ConfigError
 from uar_megatron.mcore.router import UARRouter
 from uar_megatron.mcore.step import routers_of
 from uar_megatron.policies.base import KernelPolicy
+from uar_megatron.shape import capacity_factor
 
 
 def prepare_policies(model: list[torch.nn.Module], args: argparse.Namespace) -> bool:
@@ -28,7 +29,7 @@ def prepare_policies(model: list[torch.nn.Module], args: argparse.Namespace) -> 
     together: list[UARRouter] = [
         router for router in routers_of(model) if not router.policy.is_per_token
     ]
-    mixes = bool(together) or args.moe_expert_capacity_factor is not None
+    mixes = bool(together) or capacity_factor(args) is not None
     found: list[bool] = [mixes] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, mixes)
     if not any(found):

@@ -8,7 +8,7 @@ from typing import Any
 from uar_megatron.errors import ConfigError
 from uar_megatron.export.routing import router_specs, shared_routing
 from uar_megatron.export.source import Source
-from uar_megatron.shape import shape_of
+from uar_megatron.shape import capacity_factor, shape_of
 
 # Options that change what the model computes, and that the modelling file does not know.
 _UNKNOWN = {
@@ -31,7 +31,6 @@ _UNKNOWN = {
     "moe_shared_expert_glu_interleave_size": "gates lie above inputs",
     "moe_latent_size": "experts read the hidden state itself",
     "moe_apply_probs_on_input": "weights come after the activation",
-    "moe_expert_capacity_factor": "no token is dropped, while training drops some in a forward",
     "moe_input_jitter_eps": "a forward has no noise",
     "moe_router_force_load_balancing": "routers are not random",
     "moe_router_force_biased": "routers are not random",
@@ -61,6 +60,12 @@ def check_architecture(args: argparse.Namespace) -> None:
             raise ConfigError(
                 name, f"{value!r} cannot be exported: in the exported model {instead}"
             )
+    if (factor := capacity_factor(args)) is not None:
+        raise ConfigError(
+            "moe_expert_capacity_factor",
+            f"{factor:g} cannot be exported: in the exported model no token is dropped, while "
+            "training drops some in a forward",
+        )
     for name, allowed in _ALLOWED.items():
         value = getattr(args, name, allowed[0])
         if value not in allowed:
