@@ -31,7 +31,7 @@ def depth(figure: Figure, views: Sequence[View]) -> None:
     axes = iter(panels(figure, len(runs), 2))
     for view, _ in runs:
         for name in ("entropy_mean", "energy_mean"):
-            _profiles(next(axes), view, name, f"{view.label}: " if len(runs) > 1 else "")
+            _profiles(next(axes), view, name, f"{view.label}: " if len(views) > 1 else "")
 
 
 def _profiles(axes: Axes, view: View, name: str, of: str) -> None:
@@ -82,12 +82,11 @@ def expert_counts(figure: Figure, views: Sequence[View]) -> None:
 def trajectory(figure: Figure, views: Sequence[View]) -> None:
     """Mean energy over steps with its phases, and the way of each run through the H–F plane."""
     over_time, plane = panels(figure, 1, 2)
-    runs = drawable(views)
-    for view, color in runs:
+    for view, color in drawable(views):
         energy, entropy = (layer_mean(view.series, n) for n in ("energy_mean", "entropy_mean"))
         line(over_time, view.series.steps, energy, color=color, label=view.label)
         overall = view.phases[0]
-        if len(runs) == 1:
+        if len(views) == 1:
             mark_phases(over_time, view)
         if overall.peak_step is not None and overall.peak is not None:
             over_time.plot(overall.peak_step, overall.peak, "v", color=color, markersize=7)
@@ -95,7 +94,7 @@ def trajectory(figure: Figure, views: Sequence[View]) -> None:
         plane.plot(entropy[0], energy[0], "o", color=color, markersize=5)
         plane.plot(entropy[-1], energy[-1], "s", color=color, markersize=5)
     title = "Free energy, mean over layers (▼ peak)"
-    if len(runs) == 1 and runs[0][0].phases[0].reason:
+    if len(views) == 1 and views[0].phases[0].reason:
         title += "\nphases not yet distinguishable"
     finish(over_time, views, title, METRICS["energy_mean"][1])
     plane.set_title("Trajectory (● first step, ■ last)")

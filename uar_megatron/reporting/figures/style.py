@@ -69,7 +69,8 @@ def by_step(axes: Axes, views: Sequence[View], name: str, title: str = "") -> No
     runs = [(v, c) for v, c in drawable(views) if np.isfinite(metric(v.series, name)).any()]
     for view, color in runs:
         table = metric(view.series, name)
-        if len(runs) > 1:
+        # Of several runs one alone may have the metric: it is still drawn as a run.
+        if len(views) > 1:
             line(axes, view.series.steps, mean(table, 1), color=color, label=view.label)
             shade(axes, view.series.steps, table, color)
         else:
@@ -78,8 +79,7 @@ def by_step(axes: Axes, views: Sequence[View], name: str, title: str = "") -> No
             for place, label in named_layers(view.series):
                 color = layer_color(place, len(view.series.layers))
                 line(axes, view.series.steps, table[:, place], color=color, label=label)
-    if len(runs) == 1:
-        mark_phases(axes, runs[0][0])
+            mark_phases(axes, view)
     finish(axes, views, title or METRICS[name][0], METRICS[name][1], runs != [])
 
 
