@@ -35,6 +35,21 @@ def test_flat_noise_raises_no_alarm(seed: int) -> None:
     assert findings(vacuum=None, exploding=None, moves=False, steps=80, seed=seed) == []
 
 
+@pytest.mark.parametrize(("experts", "topk", "limit"), [(8, 2, 1.5), (8, 4, 0.5), (64, 2, 5.0)])
+def test_a_collapse_of_the_load_is_found(experts: int, topk: int, limit: float) -> None:
+    """Of 8A2 MaxVio is 3 when all tokens go to the same two experts."""
+    run = Run()
+    for record in planted.records(vacuum=None, exploding=None, moves=False, steps=60, observe=0):
+        run.add(record)
+    run.starts[0].num_experts, run.starts[0].topk = experts, topk
+    for record in run.steps:
+        for metrics in record.layers:
+            metrics.max_vio = limit + (0.2 if metrics.layer in (3, 5) else -0.2)
+    found = find(run, Series(run))
+    assert [(f.kind, f.layers) for f in found] == [("load", (3, 5))]
+    assert f"MaxVio is {limit + 0.2:.1f}" in found[0].text
+
+
 def test_counts_are_told() -> None:
     run = Run()
     for record in planted.records(vacuum=None, exploding=None, steps=30, observe=0):

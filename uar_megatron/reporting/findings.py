@@ -37,9 +37,10 @@ def find(run: Run, series: Series) -> list[Finding]:
 
     ``vacuum``: over half of a layer's tokens are in state IV in the last quarter. ``bias``: the
     largest bias passes 0.5 (scores are 0 to 1, so it overrules them) and still grew by a quarter of
-    itself, well beyond its noise, in the second half. ``load``: MaxVio above 5 in the last quarter.
-    ``nonfinite``: tokens with an energy or entropy that is not finite. ``skipped``: steps that the
-    optimizer left out.
+    itself, well beyond its noise, in the second half. ``load``: MaxVio in the last quarter is above
+    5, or half of what it is when all tokens go to the same K of E experts, E/K − 1. ``nonfinite``:
+    tokens with an energy or entropy that is not finite. ``skipped``: steps that the optimizer left
+    out.
     """
     if not series.steps:
         return []
@@ -50,7 +51,7 @@ def find(run: Run, series: Series) -> list[Finding]:
         found += _over(series, vacuum, _VACUUM, "vacuum", "{:.0%} of the tokens are in state IV")
         found += _bias(series)
         load = mean(series.of_layer("max_vio")[-late:], 0)
-        found += _over(series, load, _COLLAPSE, "load", "MaxVio is {:.1f}")
+        found += _over(series, load, _load_limit(run), "load", "MaxVio is {:.1f}")
         count = np.nansum(series.of_layer("nonfinite"), axis=0)
         found += _over(series, count, 0.5, "nonfinite", "{:.0f} tokens were not finite")
     skipped = sum(s.skipped for s in run.steps)
@@ -86,6 +87,14 @@ def _over(
         text += f"; {others} of {len(series.layers)} layers"
         text = text.replace("; all of", "; all")
     return [Finding(kind, layers, text + ".")]
+
+
+def _load_limit(run: Run) -> float:
+    """MaxVio that is far from balance."""
+    if not run.starts:
+        return _COLLAPSE
+    highest = run.starts[-1].num_experts / max(run.starts[-1].topk, 1) - 1
+    return min(_COLLAPSE, highest / 2) if highest > 0 else _COLLAPSE
 
 
 def _bias(series: Series) -> list[Finding]:
