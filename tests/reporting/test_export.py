@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from pathlib import Path
 
 import pandas
@@ -124,6 +125,16 @@ def test_one_picture(tmp_path: Path) -> None:
         assert words in text
     # A run that has ended is not waited for.
     watch_run(run, 100.0, once=False, console=console)
+
+
+def test_a_log_without_times_of_a_step(tmp_path: Path) -> None:
+    run = planted.write(tmp_path, planted.records(steps=8, layers=2, observe=0)[:-1])
+    log = run / "run.jsonl"
+    log.write_text(re.sub(r'"(seconds_per_step|tokens_per_second)":[^,]+,', "", log.read_text()))
+    text = shown(Tail(log), log, 300.0)
+    assert "step 8 of 8 (100%, – of training left)" in text
+    assert "no record for 5 min" in text
+    assert "– tok/s" in text
 
 
 def test_sparks() -> None:

@@ -106,10 +106,12 @@ def replace_text(path: Path, text: str) -> None:
 def _validation(run: Run, name: str, unigram: float | None) -> dict[str, Any]:
     losses = [v.losses[name] for v in run.validations if name in v.losses]
     final = perplexity(losses[-1])
+    # One evaluation that was not finite hides no other.
+    finite = [loss for loss in losses if math.isfinite(loss)]
     return {
         "evaluations": len(losses),
         "final_loss": losses[-1],
-        "best_loss": min(losses),
+        "best_loss": min(finite, default=None),
         "perplexity": final,
         "fell_at_every_evaluation": all(b < a for a, b in itertools.pairwise(losses)),
         "unigram_perplexity": unigram,
@@ -132,7 +134,9 @@ def _k_eff(steps: Sequence[Step]) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+    """Mean of the finite ones; None without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 def _finite(value: Any) -> Any:

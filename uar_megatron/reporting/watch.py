@@ -155,7 +155,8 @@ def _headline(run: Run) -> Text:
     if isinstance(total, int) and total > 0:
         left = max(total - step.step, 0) * step.seconds_per_step
         text += f" of {total} ({step.step / total:.0%}, {_duration(left)} of training left)"
-    text += f"   {step.tokens_per_second / 1000:.1f}k tok/s"
+    speed = step.tokens_per_second / 1000
+    text += f"   {speed:.1f}k tok/s" if math.isfinite(speed) else "   – tok/s"
     if step.flops_ratio is not None:
         text += f"   FLOPs {step.flops_ratio:.3f} × top-k"
     if run.end is not None:
@@ -181,5 +182,8 @@ def _layers(layers: list[LayerMetrics], most: int) -> Table:
 
 
 def _duration(seconds: float) -> str:
+    # Logs of older versions have no time of a step.
+    if not math.isfinite(seconds):
+        return "–"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
