@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from records import start, step, validation
 
 from uar_megatron.reporting import figures
-from uar_megatron.reporting.figures import FIGURES, balance, overview, write_figures
+from uar_megatron.reporting.figures import (
+    FIGURES,
+    balance,
+    dynamics,
+    landscapes,
+    overview,
+    write_figures,
+)
 from uar_megatron.reporting.runlog import Run
 from uar_megatron.reporting.view import View, load_views
 
@@ -64,6 +71,20 @@ def test_a_run_that_alone_has_a_metric_is_drawn_as_a_run() -> None:
     dense = view(Run(steps=[step(i, layers=0) for i in range(1, 31)]), "dense")
     for labels in labels_of(overview.overview, [dense, views[1]])[1:]:
         assert labels <= {"biased", "top-k"}
+
+
+def test_a_landscape_is_drawn_over_steps() -> None:
+    """Not over records, which a resume with another log_interval makes longer or shorter."""
+    run = Run(steps=[step(i) for i in [*range(1, 21), *range(120, 2021, 100)]])
+    figure = Figure()
+    landscapes.landscapes(figure, [view(run)])
+    corners = figure.axes[0].collections[0].get_coordinates()
+    assert corners[0, :, 0].tolist() == [*range(21), *range(120, 2021, 100)]
+    low, high = figure.axes[0].get_ylim()
+    assert low > high
+    dynamics.depth(figure := Figure(), [view(run)])
+    names = [line.get_label() for line in figure.axes[0].lines]
+    assert names == [f"step {n}" for n in (1, 520, 1020, 1520, 2020)]
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:

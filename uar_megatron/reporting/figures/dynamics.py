@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from uar_megatron.reporting.figures.style import (
     PALETTE,
     drawable,
@@ -36,7 +38,8 @@ def depth(figure: Figure, views: Sequence[View]) -> None:
 
 def _profiles(axes: Axes, view: View, name: str, of: str) -> None:
     table, steps = metric(view.series, name), view.series.steps
-    places = sorted({round(i * (len(steps) - 1) / (_PROFILES - 1)) for i in range(_PROFILES)})
+    evenly = np.linspace(steps[0], steps[-1], _PROFILES)
+    places = np.unique(np.abs(np.subtract.outer(evenly, steps)).argmin(axis=1)).tolist()
     for number, place in enumerate(places):
         axes.plot(
             view.series.layers, table[place], "o-", markersize=3,
@@ -65,12 +68,12 @@ def expert_counts(figure: Figure, views: Sequence[View]) -> None:
             f"{view.label} ({start.num_experts}A{start.topk})"
         )  # fmt: skip
         highest = math.log(start.num_experts) if start and start.num_experts > 1 else 1.0
-        rows = max(1, len(view.series.steps) // 4)
+        late = view.run.part(0.75, 1.0)
         for axes, quantity, unit in (
             (left, "entropy_mean", highest),
             (right, "energy_mean", 1.0),
         ):
-            values = mean(metric(view.series, quantity)[-rows:], 0) / unit
+            values = mean(metric(view.series, quantity)[late], 0) / unit
             axes.plot(view.series.layers, values, "o-", color=color, markersize=4, label=name)
             axes.set_xlabel("layer")
     left.set_title("Router entropy over ln E, last quarter")

@@ -83,7 +83,7 @@ def states(axes: Axes, view: View) -> None:
 def load(axes: Axes, view: View) -> None:
     """Load by expert over the last quarter of the run, layers by experts."""
     loads = view.series.loads
-    table = mean(loads[-max(1, len(loads) // 4) :], 0) * loads.shape[2]
+    table = mean(loads[view.run.part(0.75, 1.0)], 0) * loads.shape[2]
     axes.set_title("Load by expert, last quarter")
     if not table.size:
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", color="gray")
