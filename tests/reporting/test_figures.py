@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_a_run_that_alone_has_a_metric_is_drawn_as_a_run() -> None:
     dense = view(Run(steps=[step(i, layers=0) for i in range(1, 31)]), "dense")
     for labels in labels_of(overview.overview, [dense, views[1]])[1:]:
         assert labels <= {"biased", "top-k"}
+
+
+def test_names_that_begin_with_an_underscore_are_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {"overview": FIGURES["overview"]})
+    run = Run(steps=[step(i) for i in range(1, 9)], validations=[validation(4, _a=2.0)])
+    views = [view(run, "_base"), view(run, "other")]
+    (path,), _ = write_figures(views, tmp_path)
+    text = path.with_suffix(".svg").read_text()
+    for name in ("_base", "other", "_base: training", "_base:  a"):
+        assert re.search(f">\u200b?{name}<", text)
+    assert views[0].label == "_base"
 
 
 def test_a_landscape_is_drawn_over_steps() -> None:
