@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from uar_megatron.cli import app
 from uar_megatron.errors import UARError
-from uar_megatron.reporting import export
+from uar_megatron.reporting import export, watch
 from uar_megatron.reporting.export import export_run
 from uar_megatron.reporting.panels import panels_of, save_workspace
 from uar_megatron.reporting.schema import LayerValidation, Validation
@@ -135,6 +135,23 @@ def test_a_tail_follows_a_log(tmp_path: Path) -> None:
     assert tail.poll()
     assert "step 2" in shown(tail, log)
     assert [s.step for s in Tail(log).run.steps] == [1, 2]
+
+
+def test_a_tail_holds_what_a_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that is watched for days; what is held does not depend on when it was begun."""
+    monkeypatch.setattr(watch, "_HELD", 20)
+    records = planted.records(steps=30, observe=10)
+    log = tmp_path / "run.jsonl"
+    tail = Tail(log)
+    planted.write(tmp_path, records)
+    assert tail.poll()
+    late = Tail(log)
+    for held in (tail.run, late.run):
+        assert [bool(s.layers) for s in held.steps] == [False] * 19 + [True]
+        assert [s.step for s in held.steps] == list(range(11, 31))
+        assert held.observations == []
+        assert [v.step for v in held.validations] == [30]
+    assert shown(tail, log) == shown(late, log)
 
 
 def shown(tail: Tail, log: Path, *options: float) -> str:
