@@ -99,6 +99,15 @@ def test_uneven_noise_hides_no_movement(name: str) -> None:
         assert abs(found.peak_step - 180) <= 8
 
 
+@pytest.mark.parametrize("power", [-0.3, 0.0, 0.5])
+def test_a_drift_that_slows_down_has_no_level(power: float) -> None:
+    """What seems level at the end of ``t ** power`` still moves; 0: the logarithm."""
+    drift = np.log(AT) if power == 0 else AT**power * np.sign(power)
+    noise = 0.001 * np.random.default_rng(0).normal(size=(400, 6))
+    found = find_phases(AT.tolist(), 2 * (drift / np.ptp(drift))[:, None] + noise, list(range(6)))
+    assert [p for p in found if not p.reason] == []
+
+
 def test_what_is_not_distinguishable_says_why() -> None:
     steps = range(200)
     table = np.column_stack(

@@ -5,10 +5,10 @@ energy peak. Stabilisation: it rests at its last level. ``find_phases`` averages
 most ``_BINS`` points and fits a flat part, up to four straight (or all parabolic) pieces, and a
 flat part. Dynamic programming finds the least squares over all boundaries exactly
 (``segments.py``); the Bayesian information criterion chooses number and degree of the pieces,
-whether there is a flat part at either end, and whether a constant or a line says as much; a
-constant also with each point weighed by the noise around it, as noise is often larger early on. It
-counts fewer points where what is left is autocorrelated. Straight pieces are also tried joined,
-with kinks for jumps.
+whether there is a flat part at either end, and whether a constant, a power of the step or its
+logarithm says as much; a constant also with each point weighed by the noise around it, as noise is
+often larger early on. It counts fewer points where what is left is autocorrelated. Straight pieces
+are also tried joined, with kinks for jumps.
 
 The confidence is the probability, by the likelihoods of all other boundaries, that each reported
 one is within 2 % of the run of where it should be, if the noise is the same all along: a boundary
@@ -31,11 +31,13 @@ from uar_megatron.reporting.segments import Fit, Grams, fits, independent_points
 from uar_megatron.reporting.series import Array, Series, mean
 
 MIN_POINTS = 24
+_POWERS = np.arange(-10, 11) / 10
+"""Of the step, for 0 its logarithm: drifts without a level."""
 _BINS = 150
 """Points that are fitted: longer series are averaged, 0.7 % of the run each."""
 _TOLERANCE = 0.02
 _EVIDENCE = 20.0
-"""By how much a fit must beat a constant and a line in the criterion; false alarms are counted
+"""By how much a fit must beat a constant and a drift in the criterion; false alarms are counted
 in ``tests/reporting/test_phases.py``."""
 _MOVING = 8.0
 """By how much an end that is not flat must fit better."""
@@ -106,9 +108,17 @@ def find_phases(steps: Sequence[int], energy: Array, layers: Sequence[int | None
         reason = f"only {len(steps)} logged steps; {MIN_POINTS} are needed"
         return [Phases(layer, reason) for layer in layers]
     at = np.asarray(steps, dtype=float)
+    since = np.maximum(at, 1.0)
     records = np.arange(len(steps) + 1)
     edges = np.linspace(0, len(steps), min(_BINS, len(steps)) + 1)
     grams = Grams(len(edges) - 1)
+
+    def averaged(curve: Array) -> Array:
+        # All of the same width, so that they may begin inside a record.
+        sums = np.concatenate([[0.0], curve.cumsum()])
+        return np.diff(np.interp(edges, records, sums)) / np.diff(edges)
+
+    drifts = np.array([averaged(np.log(since) if p == 0 else since**p) for p in _POWERS])
     found = []
     for layer, curve in zip(layers, energy.T, strict=True):
         there = np.isfinite(curve)
@@ -118,15 +128,14 @@ def find_phases(steps: Sequence[int], energy: Array, layers: Sequence[int | None
             found.append(Phases(layer, reason))
             continue
         filled = np.interp(at, at[there], curve[there])
-        # All of the same width, so that they may begin inside a record.
-        sums = np.concatenate([[0.0], filled.cumsum()])
-        values = np.diff(np.interp(edges, records, sums)) / np.diff(edges)
-        found.append(_judge(layer, values, grams, at, edges))
+        found.append(_judge(layer, averaged(filled), drifts, grams, at, edges))
     return found
 
 
-def _judge(layer: int | None, values: Array, grams: Grams, at: Array, edges: Array) -> Phases:
-    """Turn the best fit into phases, if it says more than a constant or a line."""
+def _judge(
+    layer: int | None, values: Array, drifts: Array, grams: Grams, at: Array, edges: Array
+) -> Phases:
+    """Turn the best fit into phases, if it says more than a constant or one of ``drifts``."""
     points = len(values)
     centred = values - values.mean()
     total = float((centred**2).sum())
@@ -149,13 +158,12 @@ def _judge(layer: int | None, values: Array, grams: Grams, at: Array, edges: Arr
         count = independent_points(centred - fit.curve, fit.parameters)
     score = criterion(fit.rss, fit.parameters)
     noise = float(np.sqrt(fit.rss / points))
-    x = np.arange(points)
-    line = float(((centred - np.polyval(np.polyfit(x, centred, 1), x)) ** 2).sum())
+    explained = max(float(np.corrcoef(centred, drift)[0, 1]) ** 2 for drift in drifts)
     if criterion(total, 1) - score < _EVIDENCE or np.ptp(fit.curve) < _SIGNAL * noise:
         return Phases(layer, "the energy does not move by more than its noise")
     if not fit.has_first and not fit.has_last:
         return Phases(layer, "the energy moves over the whole run")
-    if criterion(line, 2) - score < _EVIDENCE:
+    if criterion(total * (1 - explained), 3) - score < _EVIDENCE:
         return Phases(layer, "the energy drifts in one direction, without a level before or after")
     # Noise is often larger early on, and parts of it then look like levels.
     weight = _local_noise(values) ** -2.0
