@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas
 import planted
 import pytest
 from records import start, step
 from rich.console import Console
+from typer.testing import CliRunner
 
+from uar_megatron.cli import app
 from uar_megatron.errors import UARError
-from uar_megatron.reporting import export
+from uar_megatron.reporting import export, watch
 from uar_megatron.reporting.export import export_run
 from uar_megatron.reporting.panels import panels_of, save_workspace
+from uar_megatron.reporting.schema import LayerValidation, Validation
 from uar_megatron.reporting.view import load_views
 from uar_megatron.reporting.watch import Tail, picture, spark, watch_run
 
@@ -24,9 +29,12 @@ def test_csv_has_every_number(tmp_path: Path) -> None:
     run = planted.write(tmp_path, planted.records(steps=30, observe=10))
     paths = export_run(run, "csv")
     assert [p.name for p in paths] == [
-        "steps.csv", "layers.csv", "validations.csv", "observations.csv", "token_classes.csv",
+        "steps.csv", "layers.csv", "validations.csv", "validation_layers.csv", "observations.csv",
+        "histograms.csv", "token_classes.csv",
     ]  # fmt: skip
-    steps, layers, validations, observations, classes = map(pandas.read_csv, paths)
+    steps, layers, validations, routing, observations, histograms, classes = map(
+        pandas.read_csv, paths
+    )
     assert steps["step"].tolist() == list(range(1, 31))
     assert len(layers) == 30 * 6
     records = load_views([run])[0].run.steps
@@ -40,7 +48,44 @@ def test_csv_has_every_number(tmp_path: Path) -> None:
     ]
     assert observations["bias_7"].tolist() == [0.01] * 18
     assert classes["k_eff"].tolist() == [c.k_eff for o in seen for m in o.layers for c in m.classes]
-    assert len(list((tmp_path / "export").iterdir())) == 5
+    made = [m for v in load_views([run])[0].run.validations for m in v.layers["in_domain"]]
+    assert routing["set"].tolist() == ["in_domain"] * 30
+    assert routing["max_vio"].tolist() == [m.max_vio for m in made]
+    assert routing["load_7"].tolist() == [0.125] * 30
+    first = histograms[(histograms["step"] == 10) & (histograms["layer"] == 2)]
+    table = np.zeros((24, 24), dtype=int)
+    entropy = (first["entropy"] / np.log(planted.EXPERTS) * 24).astype(int)
+    table[entropy, ((first["energy"] + 4) / 5 * 24).astype(int)] = first["tokens"]
+    assert table.tolist() == seen[0].layers[0].histogram
+    assert len(list((tmp_path / "export").iterdir())) == 7
+
+
+def test_a_set_that_is_evaluated_twice_at_a_step_counts_once(tmp_path: Path) -> None:
+    one = LayerValidation(layer=2, tokens=9, k_eff=2.0, load=[0.5, 0.5], max_vio=0.0)
+    again = one.model_copy(update={"k_eff": 3.0})
+    records = [
+        Validation(step=4, losses={"a": 1.0}, layers={"a": [routing]}) for routing in (one, again)
+    ]
+    planted.write(tmp_path, [start(0), *records])
+    _, routing = export_run(tmp_path, "csv")
+    assert pandas.read_csv(routing)["k_eff"].tolist() == [3.0]
+
+
+def test_the_command_tells_what_is_missing(tmp_path: Path) -> None:
+    """On stderr: stdout has the files."""
+    log = tmp_path / "run.jsonl"
+    older = re.sub(r'"zscore_(mean|std)":[^,]+,', "", step(1).to_line())
+    # The second looks whole until it is parsed, which every table does.
+    log.write_text(older + step(2).to_line().replace('"lr":', '"lr",') + '{"schema":1,"ki\n')
+    result = CliRunner().invoke(app, ["log", "export", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout.split() == [
+        str(tmp_path / "export" / name) for name in ("steps.csv", "layers.csv")
+    ]
+    assert "2 line(s) are not whole records (line 3)" in result.stderr
+    assert "has no zscore_mean, zscore_std" in result.stderr
+    log.write_text("")
+    assert "The log is empty" in CliRunner().invoke(app, ["log", "export", str(log)]).stderr
 
 
 def test_columns_that_come_late_are_kept(tmp_path: Path) -> None:
@@ -92,6 +137,23 @@ def test_a_tail_follows_a_log(tmp_path: Path) -> None:
     assert [s.step for s in Tail(log).run.steps] == [1, 2]
 
 
+def test_a_tail_holds_what_a_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that is watched for days; what is held does not depend on when it was begun."""
+    monkeypatch.setattr(watch, "_HELD", 20)
+    records = planted.records(steps=30, observe=10)
+    log = tmp_path / "run.jsonl"
+    tail = Tail(log)
+    planted.write(tmp_path, records)
+    assert tail.poll()
+    late = Tail(log)
+    for held in (tail.run, late.run):
+        assert [bool(s.layers) for s in held.steps] == [False] * 19 + [True]
+        assert [s.step for s in held.steps] == list(range(11, 31))
+        assert held.observations == []
+        assert [v.step for v in held.validations] == [30]
+    assert shown(tail, log) == shown(late, log)
+
+
 def shown(tail: Tail, log: Path, *options: float) -> str:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(picture(tail.run, log, *options))
@@ -124,6 +186,16 @@ def test_one_picture(tmp_path: Path) -> None:
         assert words in text
     # A run that has ended is not waited for.
     watch_run(run, 100.0, once=False, console=console)
+
+
+def test_a_log_without_times_of_a_step(tmp_path: Path) -> None:
+    run = planted.write(tmp_path, planted.records(steps=8, layers=2, observe=0)[:-1])
+    log = run / "run.jsonl"
+    log.write_text(re.sub(r'"(seconds_per_step|tokens_per_second)":[^,]+,', "", log.read_text()))
+    text = shown(Tail(log), log, 300.0)
+    assert "step 8 of 8 (100%, – of training left)" in text
+    assert "no record for 5 min" in text
+    assert "– tok/s" in text
 
 
 def test_sparks() -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import planted
 import pytest
+from matplotlib.figure import Figure
 from records import start, step, validation
 
 from uar_megatron.reporting import figures
-from uar_megatron.reporting.figures import FIGURES, write_figures
+from uar_megatron.reporting.figures import (
+    FIGURES,
+    balance,
+    dynamics,
+    landscapes,
+    overview,
+    write_figures,
+)
 from uar_megatron.reporting.runlog import Run
 from uar_megatron.reporting.view import View, load_views
 
@@ -42,6 +52,53 @@ def test_small_and_deep_runs(steps: int, layers: int, tmp_path: Path) -> None:
     assert ("uar.observe" if layers else "no MoE layer") in left_out["signals"]
     expected = {"overview", "stability"} if not layers else set(FIGURES) - set(left_out)
     assert {path.stem for path in written} == expected
+
+
+def labels_of(draw: Callable[[Figure, list[View]], None], views: list[View]) -> list[set[str]]:
+    figure = Figure()
+    draw(figure, views)
+    return [set(axes.get_legend_handles_labels()[1]) for axes in figure.axes]
+
+
+def test_a_run_that_alone_has_a_metric_is_drawn_as_a_run() -> None:
+    """Not as its layers, without a name and in the colours of other runs."""
+    without = Run(steps=[step(i) for i in range(1, 31)])
+    for metrics in (m for s in without.steps for m in s.layers):
+        metrics.bias_mean = None
+    biased = Run(steps=[step(i) for i in range(1, 31)])
+    views = [view(without, "without"), view(biased, "biased")]
+    assert labels_of(balance.stability, views)[2] == {"biased"}
+    assert labels_of(balance.stability, views[1:])[2] == {"layer 2", "layer 3"}
+    dense = view(Run(steps=[step(i, layers=0) for i in range(1, 31)]), "dense")
+    for labels in labels_of(overview.overview, [dense, views[1]])[1:]:
+        assert labels <= {"biased", "top-k"}
+
+
+def test_names_that_begin_with_an_underscore_are_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {"overview": FIGURES["overview"]})
+    run = Run(steps=[step(i) for i in range(1, 9)], validations=[validation(4, _a=2.0)])
+    views = [view(run, "_base"), view(run, "other")]
+    (path,), _ = write_figures(views, tmp_path)
+    text = path.with_suffix(".svg").read_text()
+    for name in ("_base", "other", "_base: training", "_base:  a"):
+        assert re.search(f">\u200b?{name}<", text)
+    assert views[0].label == "_base"
+
+
+def test_a_landscape_is_drawn_over_steps() -> None:
+    """Not over records, which a resume with another log_interval makes longer or shorter."""
+    run = Run(steps=[step(i) for i in [*range(1, 21), *range(120, 2021, 100)]])
+    figure = Figure()
+    landscapes.landscapes(figure, [view(run)])
+    corners = figure.axes[0].collections[0].get_coordinates()
+    assert corners[0, :, 0].tolist() == [*range(21), *range(120, 2021, 100)]
+    low, high = figure.axes[0].get_ylim()
+    assert low > high
+    dynamics.depth(figure := Figure(), [view(run)])
+    names = [line.get_label() for line in figure.axes[0].lines]
+    assert names == [f"step {n}" for n in (1, 520, 1020, 1520, 2020)]
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:

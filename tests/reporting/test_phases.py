@@ -71,6 +71,43 @@ def test_flat_noise_raises_no_alarm(points: int, correlation: float) -> None:
     assert "noise" in found[0].reason
 
 
+AT = np.arange(1, 401)
+UNEVEN = {
+    "decays": 0.03 + 0.3 * np.exp(-AT / 50),
+    "falls as a square root": 0.5 / np.sqrt(AT),
+    "tenfold in the first tenth": np.where(AT < 40, 0.2, 0.02),
+    "tenfold in the last quarter": np.where(AT > 300, 0.2, 0.02),
+}
+"""Standard deviation of noise at each of 400 steps."""
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_noise_about_a_level_is_no_phase(name: str) -> None:
+    """One curve in six at most: a criterion that knows one noise level alone takes nearly all."""
+    noise = UNEVEN[name][:, None] * np.random.default_rng(0).normal(size=(400, 6))
+    found = find_phases(AT.tolist(), -2 + noise, list(range(6)))
+    assert sum(not p.reason for p in found) <= 1
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_noise_hides_no_movement(name: str) -> None:
+    noise = UNEVEN[name][:, None] * np.random.default_rng(1).normal(size=(400, 2))
+    energy = curve("peak", 400, 0.3, 0.6)[:, None] + noise
+    for found in find_phases(AT.tolist(), energy, list(range(2))):
+        assert found.reason == ""
+        assert found.peak is not None
+        assert abs(found.peak_step - 180) <= 8
+
+
+@pytest.mark.parametrize("power", [-0.3, 0.0, 0.5])
+def test_a_drift_that_slows_down_has_no_level(power: float) -> None:
+    """What seems level at the end of ``t ** power`` still moves; 0: the logarithm."""
+    drift = np.log(AT) if power == 0 else AT**power * np.sign(power)
+    noise = 0.001 * np.random.default_rng(0).normal(size=(400, 6))
+    found = find_phases(AT.tolist(), 2 * (drift / np.ptp(drift))[:, None] + noise, list(range(6)))
+    assert [p for p in found if not p.reason] == []
+
+
 def test_what_is_not_distinguishable_says_why() -> None:
     steps = range(200)
     table = np.column_stack(

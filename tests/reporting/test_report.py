@@ -99,6 +99,22 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert "Phases of the mean energy: not yet distinguishable" in text
 
 
+def test_one_record_that_is_not_finite_hides_no_other() -> None:
+    run = Run(
+        steps=[step(i) for i in range(1, 41)],
+        validations=[
+            validation(1, a=math.nan, b=math.nan), validation(20, a=2.0), validation(40, a=3.0)
+        ],
+    )  # fmt: skip
+    run.steps[2].tokens_per_second = math.nan
+    run.steps[39].layers[0].max_vio = math.inf
+    summary = summarise(run)
+    assert summary["validation"]["a"]["best_loss"] == 2.0
+    assert summary["validation"]["b"]["best_loss"] is None
+    assert summary["tokens_per_second"] == pytest.approx(128.0)
+    assert summary["max_vio_late"] == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize("output", ["run.jsonl", "folder.html", "run.jsonl/page.html", "page"])
 def test_a_page_is_written_nowhere_else(output: str, tmp_path: Path) -> None:
     """Least of all over the log."""

@@ -122,3 +122,21 @@ def test_logs_from_before_flops_were_counted_can_be_read(tmp_path: Path) -> None
     assert console_line(old).endswith("0.1k tok/s")
     assert not any("flops" in name for name in scalars(old))
     assert summarise(Run(steps=[old]))["flops_ratio_late"] is None
+
+
+def test_parts_of_a_run_are_cut_by_step() -> None:
+    """Twenty steps one by one, and after a resume every hundredth up to 2020."""
+    run = Run(steps=[step(i) for i in [*range(1, 21), *range(120, 2021, 100)]])
+    run.steps[20].interval = 100
+    assert [s.step for s in run.steps[run.part(0.75, 1.0)]] == [1520, 1620, 1720, 1820, 1920, 2020]
+    assert run.steps[run.part(0.0, 0.1)][-1].step == 120
+    assert run.part(1.0, 1.0) == slice(39, 40)
+    even = Run(steps=[step(i) for i in range(10, 401, 10)])
+    for record in even.steps:
+        record.interval = 10
+    assert even.begin == 0
+    assert (even.part(0.75, 1.0), even.part(0.0, 0.1)) == (slice(30, 40), slice(0, 4))
+    # A log may begin inside a run, and a part has one record at least.
+    late = Run(steps=[step(i) for i in range(1001, 1005)])
+    assert (late.part(0.75, 1.0), late.part(0.0, 0.1)) == (slice(3, 4), slice(0, 1))
+    assert Run().part(0.0, 1.0) == slice(0, 0)

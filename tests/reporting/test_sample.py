@@ -16,6 +16,7 @@ from uar_megatron.errors import UARError
 from uar_megatron.reporting import sample
 from uar_megatron.reporting.runlog import NoRecordError, read_run
 from uar_megatron.reporting.sample import read_sample
+from uar_megatron.reporting.schema import LayerValidation, Validation
 from uar_megatron.reporting.series import Series
 
 
@@ -47,6 +48,28 @@ def test_a_large_log_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sample, "SAMPLE_STEPS", 1000)
     monkeypatch.setattr(sample, "SAMPLE_BYTES", 60_000)
     assert 2 <= len(read_sample(tmp_path / "run.jsonl").run.steps) < 30
+
+
+def validated(at: int, *sets: str) -> Validation:
+    routing = LayerValidation(layer=2, tokens=9, k_eff=2.0, load=[0.25] * 4, max_vio=0.0)
+    losses = dict.fromkeys(sets, at / 10)
+    return Validation(step=at, losses=losses, layers={name: [routing] for name in sets})
+
+
+def test_the_routing_of_validations_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All losses are kept; what layers did is larger."""
+    again = [start(80), *(validated(at, "a") for at in range(90, 301)), validated(300, "test")]
+    log = planted.write(tmp_path, [start(0), *(validated(at, "a") for at in range(1, 101)), *again])
+    log /= "run.jsonl"
+    assert read_sample(log).run.validations == read_run(log).validations
+    monkeypatch.setattr(sample, "SAMPLE_STEPS", 11)
+    found = read_sample(log).run.validations
+    assert [v.losses for v in found] == [v.losses for v in read_run(log).validations]
+    assert len(found) == 80 + 211
+    assert sum(bool(v.layers) for v in found) == 11
+    assert found[-1].layers.keys() == {"test"}
 
 
 def test_broken_lines_are_named(tmp_path: Path) -> None:

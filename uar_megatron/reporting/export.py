@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any, Literal
 from uar_megatron.errors import UARError
 from uar_megatron.experiment import check_writable
 from uar_megatron.reporting.runlog import RUN_LOG
-from uar_megatron.reporting.sample import Index, Line, index_log, read_lines
-from uar_megatron.reporting.schema import AnyRecord, Observation, Step, Validation
+from uar_megatron.reporting.sample import Index, Line, index_log, notes_of, read_lines
+from uar_megatron.reporting.schema import AnyRecord, Edges, Observation, Step, Validation
 from uar_megatron.reporting.sinks import STATES
 
 _ROWS = 20_000
@@ -29,8 +30,10 @@ def export_run(
     """Write the tables of a run: all logged steps that no resume took back.
 
     ``steps``, ``layers`` (a row for each step and layer; lists in numbered columns),
-    ``validations`` (a row for each set), ``observations`` (a row for each layer) and
-    ``token_classes`` (a row for each layer and class). A table without a row is not written.
+    ``validations`` (a row for each set), ``validation_layers`` (a row for each set and layer),
+    ``observations`` (a row for each layer), ``histograms`` (a row for each layer and bin of entropy
+    and energy that holds tokens) and ``token_classes`` (a row for each layer and class). A table
+    without a row is not written. What is missing in the log or broken is told on stderr.
 
     Args:
         run: folder of the run, or its log.
@@ -50,7 +53,9 @@ def export_run(
         "steps": partial(_rows, _step_row, log, index, index.steps),
         "layers": partial(_rows, _layer_rows, log, index, index.steps),
         "validations": partial(_validation_rows, index.run.validations),
+        "validation_layers": partial(_validation_layer_rows, log, index),
         "observations": partial(_rows, _observation_rows, log, index, index.observations),
+        "histograms": partial(_rows, _histogram_rows, log, index, index.observations),
         "token_classes": partial(_rows, _class_rows, log, index, index.observations),
     }
     written = []
@@ -63,6 +68,8 @@ def export_run(
             write(temporary, columns, rows())
             temporary.replace(path)
             written.append(path)
+    for note in notes_of(index, len(index.steps), len(index.observations)):
+        print(f"{log}: {note}", file=sys.stderr)
     return written
 
 
@@ -95,12 +102,43 @@ def _validation_rows(records: Iterable[Validation]) -> Iterator[_Row]:
             yield {"step": record.step, "set": name, "loss": loss}
 
 
+def _validation_layer_rows(log: Path, index: Index) -> Iterator[_Row]:
+    with log.open("rb") as file:
+        records: Iterator[Any] = read_lines(file, index.validations, index)
+        for step, of_step in itertools.groupby(records, key=lambda record: record.step):
+            # A set that is evaluated twice at a step counts once.
+            sets = {name: layers for record in of_step for name, layers in record.layers.items()}
+            for name, layers in sets.items():
+                for layer in layers:
+                    row: _Row = {"step": step, "set": name} | layer.model_dump(exclude={"load"})
+                    yield row | _numbered("load", layer.load)
+
+
 def _observation_rows(record: Observation) -> Iterator[_Row]:
     for layer in record.layers:
         lists = {"histogram", "classes", "router_row_norms", "bias", "cache_hit_rates"}
         row: _Row = {"step": record.step} | layer.model_dump(exclude=lists)
         row |= _numbered("router_norm", layer.router_row_norms) | _numbered("bias", layer.bias)
         yield row | {f"cache_{size}": rate for size, rate in (layer.cache_hit_rates or {}).items()}
+
+
+def _histogram_rows(record: Observation) -> Iterator[_Row]:
+    """Bins by their middles: entropy in nats, energy in units of the logits."""
+    if record.entropy_bins is None or record.energy_bins is None:
+        return
+    for layer in record.layers:
+        for i, row in enumerate(layer.histogram or ()):
+            for j, tokens in enumerate(row):
+                if tokens:
+                    yield {
+                        "step": record.step, "layer": layer.layer,
+                        "entropy": _middle(record.entropy_bins, i),
+                        "energy": _middle(record.energy_bins, j), "tokens": tokens,
+                    }  # fmt: skip
+
+
+def _middle(edges: Edges, number: int) -> float:
+    return edges.low + (number + 0.5) * (edges.high - edges.low) / edges.bins
 
 
 def _class_rows(record: Observation) -> Iterator[_Row]:

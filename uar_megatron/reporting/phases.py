@@ -5,12 +5,14 @@ energy peak. Stabilisation: it rests at its last level. ``find_phases`` averages
 most ``_BINS`` points and fits a flat part, up to four straight (or all parabolic) pieces, and a
 flat part. Dynamic programming finds the least squares over all boundaries exactly
 (``segments.py``); the Bayesian information criterion chooses number and degree of the pieces,
-whether there is a flat part at either end, and whether a constant or a line says as much. It counts
-fewer points where what is left is autocorrelated. Straight pieces are also tried joined, with kinks
-for jumps.
+whether there is a flat part at either end, and whether a constant, a power of the step or its
+logarithm says as much; a constant also with each point weighed by the noise around it, as noise is
+often larger early on. It counts fewer points where what is left is autocorrelated. Straight pieces
+are also tried joined, with kinks for jumps.
 
 The confidence is the probability, by the likelihoods of all other boundaries, that each reported
-one is within 2 % of the run of where it should be. "Not yet distinguishable" is an answer: too few
+one is within 2 % of the run of where it should be, if the noise is the same all along: a boundary
+beside much larger noise can be further off. "Not yet distinguishable" is an answer: too few
 steps, no movement beyond the noise, a drift without a level. A phase that is not there (a run that
 moves from its first record, or still moves at its last) is left out.
 
@@ -29,11 +31,13 @@ from uar_megatron.reporting.segments import Fit, Grams, fits, independent_points
 from uar_megatron.reporting.series import Array, Series, mean
 
 MIN_POINTS = 24
+_POWERS = np.arange(-10, 11) / 10
+"""Of the step, for 0 its logarithm: drifts without a level."""
 _BINS = 150
 """Points that are fitted: longer series are averaged, 0.7 % of the run each."""
 _TOLERANCE = 0.02
 _EVIDENCE = 20.0
-"""By how much a fit must beat a constant and a line in the criterion; false alarms are counted
+"""By how much a fit must beat a constant and a drift in the criterion; false alarms are counted
 in ``tests/reporting/test_phases.py``."""
 _MOVING = 8.0
 """By how much an end that is not flat must fit better."""
@@ -104,9 +108,17 @@ def find_phases(steps: Sequence[int], energy: Array, layers: Sequence[int | None
         reason = f"only {len(steps)} logged steps; {MIN_POINTS} are needed"
         return [Phases(layer, reason) for layer in layers]
     at = np.asarray(steps, dtype=float)
+    since = np.maximum(at, 1.0)
     records = np.arange(len(steps) + 1)
     edges = np.linspace(0, len(steps), min(_BINS, len(steps)) + 1)
     grams = Grams(len(edges) - 1)
+
+    def averaged(curve: Array) -> Array:
+        # All of the same width, so that they may begin inside a record.
+        sums = np.concatenate([[0.0], curve.cumsum()])
+        return np.diff(np.interp(edges, records, sums)) / np.diff(edges)
+
+    drifts = np.array([averaged(np.log(since) if p == 0 else since**p) for p in _POWERS])
     found = []
     for layer, curve in zip(layers, energy.T, strict=True):
         there = np.isfinite(curve)
@@ -116,15 +128,14 @@ def find_phases(steps: Sequence[int], energy: Array, layers: Sequence[int | None
             found.append(Phases(layer, reason))
             continue
         filled = np.interp(at, at[there], curve[there])
-        # All of the same width, so that they may begin inside a record.
-        sums = np.concatenate([[0.0], filled.cumsum()])
-        values = np.diff(np.interp(edges, records, sums)) / np.diff(edges)
-        found.append(_judge(layer, values, grams, at, edges))
+        found.append(_judge(layer, averaged(filled), drifts, grams, at, edges))
     return found
 
 
-def _judge(layer: int | None, values: Array, grams: Grams, at: Array, edges: Array) -> Phases:
-    """Turn the best fit into phases, if it says more than a constant or a line."""
+def _judge(
+    layer: int | None, values: Array, drifts: Array, grams: Grams, at: Array, edges: Array
+) -> Phases:
+    """Turn the best fit into phases, if it says more than a constant or one of ``drifts``."""
     points = len(values)
     centred = values - values.mean()
     total = float((centred**2).sum())
@@ -147,14 +158,21 @@ def _judge(layer: int | None, values: Array, grams: Grams, at: Array, edges: Arr
         count = independent_points(centred - fit.curve, fit.parameters)
     score = criterion(fit.rss, fit.parameters)
     noise = float(np.sqrt(fit.rss / points))
-    x = np.arange(points)
-    line = float(((centred - np.polyval(np.polyfit(x, centred, 1), x)) ** 2).sum())
+    explained = max(float(np.corrcoef(centred, drift)[0, 1]) ** 2 for drift in drifts)
     if criterion(total, 1) - score < _EVIDENCE or np.ptp(fit.curve) < _SIGNAL * noise:
         return Phases(layer, "the energy does not move by more than its noise")
     if not fit.has_first and not fit.has_last:
         return Phases(layer, "the energy moves over the whole run")
-    if criterion(line, 2) - score < _EVIDENCE:
+    if criterion(total * (1 - explained), 3) - score < _EVIDENCE:
         return Phases(layer, "the energy drifts in one direction, without a level before or after")
+    # Noise is often larger early on, and parts of it then look like levels.
+    weight = _local_noise(values) ** -2.0
+    flat = centred - np.average(centred, weights=weight)
+    weighed = float((weight * flat**2).sum())
+    left = float((weight * (centred - fit.curve) ** 2).sum()) + 1e-9 * weighed
+    more = (fit.parameters - 1) * float(np.log(max(count, 2.0)))
+    if count * float(np.log(weighed / left)) - more < _EVIDENCE:
+        return Phases(layer, "the energy does not move by more than its noise")
     begin, end = fit.corners()
     if end - begin < _SHORTEST * points and abs(fit.curve[-1] - fit.curve[0]) < _SIGNAL * noise:
         return Phases(layer, "the energy leaves its level for single records only")
@@ -178,3 +196,18 @@ def _judge(layer: int | None, values: Array, grams: Grams, at: Array, edges: Arr
         plateau=float(curve[-1]) if fit.has_last else None,
         confidence=min(fit.certainty(_TOLERANCE * points, count, floor), 1.0),
     )
+
+
+def _local_noise(values: Array) -> Array:
+    """Standard deviation of the noise around each point, in units of the values.
+
+    From the median second difference in a tenth of the series: no slope changes it, and few jumps.
+    """
+    wide = max(9, len(values) // 10)
+    # Of independent points a second difference has the variance 1 + 4 + 1.
+    change = np.abs(np.diff(values, 2, append=values[-2:][::-1])) / np.sqrt(6)
+    padded = np.pad(change, wide // 2, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, wide)[: len(values)]
+    # A normal distribution's standard deviation is 1.4826 times the median distance.
+    noise = 1.4826 * np.median(windows, axis=1)
+    return np.maximum(noise, 0.05 * float(np.median(noise)) + 1e-12 * float(np.ptp(values)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import sys
@@ -98,6 +99,23 @@ class Run:
     def resumed_at(self) -> list[int]:
         """Steps at which a later process took the run up again."""
         return [start.step for start in self.starts if start.step > 0]
+
+    @property
+    def begin(self) -> int:
+        """Optimizer steps already taken when the first logging interval began."""
+        return self.steps[0].step - self.steps[0].interval if self.steps else 0
+
+    def part(self, start: float, end: float) -> slice:
+        """Places in ``steps`` of what was logged between two fractions of the run; one at least.
+
+        By step, not by record: a resume may change the logging interval.
+        """
+        at = [record.step for record in self.steps]
+        if not at:
+            return slice(0, 0)
+        border = [self.begin + share * (at[-1] - self.begin) for share in (start, end)]
+        first = min(bisect.bisect_right(at, border[0]), len(at) - 1)
+        return slice(first, max(bisect.bisect_right(at, border[1]), first + 1))
 
     def add(self, record: AnyRecord) -> None:
         """Take the next record of the log.

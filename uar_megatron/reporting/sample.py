@@ -3,8 +3,9 @@
 A line of 48 layers has tens of kilobytes, so a log of 10⁵ of them has gigabytes and cannot be held.
 ``read_sample`` goes through the file once, tells steps and observations by the first bytes of their
 lines, keeps their places in the file, and parses evenly spaced ones: ``SAMPLE_STEPS`` or what has
-``SAMPLE_BYTES``. Starts, validations and ends are few and all parsed. What a screen shows is the
-same; a spike between two sampled lines is not seen. Smaller logs are read whole.
+``SAMPLE_BYTES``. Starts, ends and the losses of validations are few and all kept; the routing of
+validations is sampled too. What a screen shows is the same; a spike between two sampled lines is
+not seen. Smaller logs are read whole.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from uar_megatron.reporting.schema import (
     Observation,
     Start,
     Step,
+    Validation,
     parse_record,
 )
 
 SAMPLE_STEPS = 2000
 SAMPLE_BYTES = 32 << 20
-"""Of step lines and, again, of observation lines; parsed they take about six times as much."""
+"""Of step lines and, again, of observation and validation lines; parsed they take about six times
+as much."""
 _HEAD = re.compile(rb'\{"schema":(\d+),"kind":"(step|observation)","step":(\d+),')
 _BUFFER = 1 << 20
 
@@ -48,23 +51,25 @@ class Line(NamedTuple):
 
 @dataclass
 class Index:
-    """What a log holds, steps and observations as places in the file.
+    """What a log holds, large records as places in the file.
 
     Attributes:
-        run: everything but steps and observations.
+        run: everything but steps, observations, and the layers of validations.
         steps: lines that no later process has taken back, by step.
         observations: likewise.
+        validations: likewise; several of one step where its sets came one after the other.
         broken: numbers of the lines that are no whole record.
         missing: fields that lines of an older version do not have.
-        unread: lines that looked whole and are not.
+        unread: where lines begin that looked whole and are not.
     """
 
     run: Run = field(default_factory=Run)
     steps: list[Line] = field(default_factory=list)
     observations: list[Line] = field(default_factory=list)
+    validations: list[Line] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
     missing: Counter[str] = field(default_factory=Counter)
-    unread: int = 0
+    unread: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -93,10 +98,15 @@ def read_sample(path: Path) -> Sample:
     steps = evenly(index.steps)
     observations = evenly(index.observations)
     run = index.run
+    validations = {v.step: v for v in run.validations}
+    lines = sorted(steps + observations + evenly(index.validations), key=lambda n: n.offset)
     with path.open("rb") as file:
-        for record in read_lines(file, sorted(steps + observations, key=lambda n: n.offset), index):
-            run.add(record)
-    return Sample(run, len(index.steps), _notes(index, len(steps), len(observations)))
+        for record in read_lines(file, lines, index):
+            if isinstance(record, Validation):
+                validations[record.step].layers |= record.layers
+            else:
+                run.add(record)
+    return Sample(run, len(index.steps), notes_of(index, len(steps), len(observations)))
 
 
 def index_log(path: Path) -> Index:
@@ -132,7 +142,7 @@ def read_lines(file: BinaryIO, lines: list[Line], index: Index) -> Iterator[AnyR
         file.seek(line.offset)
         record = _parse(file.read(line.length), index)
         if record is None:
-            index.unread += 1
+            index.unread.add(line.offset)
         else:
             yield record
 
@@ -156,10 +166,16 @@ def _index_line(index: Index, line: bytes, number: int, offset: int, path: Path)
         kept = index.steps if isinstance(record, Step) else index.observations
         _keep(kept, Line(record.step, offset, len(line)))
     else:
-        index.run.add(record)
         if isinstance(record, Start):
             index.steps = [n for n in index.steps if n.step <= record.step]
             index.observations = [n for n in index.observations if n.step <= record.step]
+            index.validations = [n for n in index.validations if n.step <= record.step]
+        elif isinstance(record, Validation):
+            # Unlike steps, one of the same step adds its sets.
+            index.validations = [n for n in index.validations if n.step <= record.step]
+            index.validations.append(Line(record.step, offset, len(line)))
+            record.layers = {}
+        index.run.add(record)
 
 
 def _keep(lines: list[Line], line: Line) -> None:
@@ -204,7 +220,8 @@ def _absent(name: str) -> Any:
     return math.nan if name in known else None
 
 
-def _notes(index: Index, steps: int, observations: int) -> list[str]:
+def notes_of(index: Index, steps: int, observations: int) -> list[str]:
+    """What a reader must know of a log of which so many steps and observations were read."""
     notes = []
     if not index.run.starts and not index.steps:
         notes.append("The log is empty: training has not written a record yet.")
@@ -223,12 +240,13 @@ def _notes(index: Index, steps: int, observations: int) -> list[str]:
             f"Large log: {observations} evenly spaced of {len(index.observations)} observations "
             "are drawn."
         )
-    if index.broken or index.unread:
+    bad = len(index.broken) + len(index.unread)
+    if bad:
         some = ", ".join(map(str, index.broken[:5])) + (" …" if len(index.broken) > 5 else "")
         where = f" (line {some})" if some else ""
         notes.append(
-            f"{len(index.broken) + index.unread} line(s) are not whole records{where} and left "
-            "out: a process was killed while writing, or the file was changed."
+            f"{bad} line(s) are not whole records{where} and left out: a process was killed while "
+            "writing, or the file was changed."
         )
     if index.missing:
         names = ", ".join(sorted(index.missing))

@@ -20,12 +20,14 @@ class Series:
 
     Attributes:
         steps: logged optimizer steps.
+        edges: where the logging intervals begin and end, one more than ``steps``.
         layers: numbers of the MoE layers, as Megatron counts.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.steps: list[int] = [s.step for s in run.steps]
+        self.edges: list[int] = [run.begin, *self.steps]
         self.layers: list[int] = sorted({m.layer for s in run.steps for m in s.layers})
         place = {layer: i for i, layer in enumerate(self.layers)}
         self._cells: list[tuple[int, int, LayerMetrics]] = [

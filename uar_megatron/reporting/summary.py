@@ -32,7 +32,7 @@ def summarise(run: Run, unigram: dict[str, float] | None = None) -> dict[str, An
         steps, resumes, k_eff early (first tenth) and late (last quarter), MaxVio late, FLOPs over
         those of Top-K late, tokens per second, TFLOP/s per rank.
     """
-    late = _part(run.steps, 0.75, 1.0)
+    late = run.steps[run.part(0.75, 1.0)]
     return {
         "run": run.starts[-1].run if run.starts else None,
         "steps": run.steps[-1].step if run.steps else 0,
@@ -41,7 +41,7 @@ def summarise(run: Run, unigram: dict[str, float] | None = None) -> dict[str, An
         "validation": {
             name: _validation(run, name, (unigram or {}).get(name)) for name in _set_names(run)
         },
-        "k_eff": {"early": _k_eff(_part(run.steps, 0.0, 0.1)), "late": _k_eff(late)},
+        "k_eff": {"early": _k_eff(run.steps[run.part(0.0, 0.1)]), "late": _k_eff(late)},
         "max_vio_late": _mean([m.max_vio for s in late for m in s.layers]),
         "flops_ratio_late": _mean([s.flops_ratio for s in late if s.flops_ratio is not None]),
         "tokens_per_second": _mean([s.tokens_per_second for s in run.steps]),
@@ -106,10 +106,12 @@ def replace_text(path: Path, text: str) -> None:
 def _validation(run: Run, name: str, unigram: float | None) -> dict[str, Any]:
     losses = [v.losses[name] for v in run.validations if name in v.losses]
     final = perplexity(losses[-1])
+    # One evaluation that was not finite hides no other.
+    finite = [loss for loss in losses if math.isfinite(loss)]
     return {
         "evaluations": len(losses),
         "final_loss": losses[-1],
-        "best_loss": min(losses),
+        "best_loss": min(finite, default=None),
         "perplexity": final,
         "fell_at_every_evaluation": all(b < a for a, b in itertools.pairwise(losses)),
         "unigram_perplexity": unigram,
@@ -121,18 +123,14 @@ def _set_names(run: Run) -> list[str]:
     return list(dict.fromkeys(name for v in run.validations for name in v.losses))
 
 
-def _part(steps: Sequence[Step], start: float, end: float) -> Sequence[Step]:
-    """The records between two fractions of a run; at least one."""
-    first = min(int(len(steps) * start), max(len(steps) - 1, 0))
-    return steps[first : max(int(len(steps) * end), first + 1)]
-
-
 def _k_eff(steps: Sequence[Step]) -> float | None:
     return _mean([s.k_eff for s in steps if s.k_eff is not None])
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+    """Mean of the finite ones; None without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 def _finite(value: Any) -> Any:

@@ -46,7 +46,7 @@ class View:
     @cached_property
     def findings(self) -> list[Finding]:
         """What deserves a look."""
-        return find(self.run, self.series)
+        return find(self.run, self.series, self.logged)
 
 
 def load_views(paths: Sequence[Path]) -> list[View]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,13 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from uar_megatron.reporting.runlog import RUN_LOG, Run
-from uar_megatron.reporting.sample import read_sample
-from uar_megatron.reporting.schema import LayerMetrics, parse_record
+from uar_megatron.reporting.sample import evenly, index_log, read_lines
+from uar_megatron.reporting.schema import (
+    AnyRecord,
+    LayerMetrics,
+    Observation,
+    Step,
+    parse_record,
+)
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _STATE_STYLES = ("green", "cyan", "yellow", "magenta")
 _HELD = 2000
-"""Steps that are held at most; older ones go."""
+"""Steps that are held at most, all but the last without their layers; older ones go."""
 _LATE = 5.0
 """Logging intervals without a record after which a picture says so."""
 _OTHER_LINES = 9
@@ -41,7 +48,11 @@ class Tail:
         self._offset = 0
         if log.is_file():
             size = log.stat().st_size
-            self.run = read_sample(log).run
+            index = index_log(log)
+            self.run = index.run
+            with log.open("rb") as file:
+                for record in read_lines(file, evenly(index.steps), index):
+                    self._add(record)
             self._offset = self._whole_lines(size)
 
     def poll(self) -> bool:
@@ -52,18 +63,26 @@ class Tail:
             self.run, self._offset = Run(), 0
         if size == self._offset:
             return False
+        before = self._offset
         with self._log.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                self.run.add(parse_record(line))
-            except ValidationError:
-                continue
-        del self.run.steps[:-_HELD]
-        return bool(whole)
+            file.seek(before)
+            for line in file:
+                # The last line may still be written.
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                with suppress(ValidationError):
+                    self._add(parse_record(line))
+        return self._offset > before
+
+    def _add(self, record: AnyRecord) -> None:
+        """Hold what a picture shows: layers have tens of kilobytes a step, observations more."""
+        if isinstance(record, Observation):
+            return
+        if isinstance(record, Step) and self.run.steps:
+            self.run.steps[-1].layers = []
+        self.run.add(record)
+        del self.run.steps[:-_HELD], self.run.validations[:-1]
 
     def _whole_lines(self, size: int) -> int:
         """Where the last line that had ended began to be followed by another."""
@@ -155,7 +174,8 @@ def _headline(run: Run) -> Text:
     if isinstance(total, int) and total > 0:
         left = max(total - step.step, 0) * step.seconds_per_step
         text += f" of {total} ({step.step / total:.0%}, {_duration(left)} of training left)"
-    text += f"   {step.tokens_per_second / 1000:.1f}k tok/s"
+    speed = step.tokens_per_second / 1000
+    text += f"   {speed:.1f}k tok/s" if math.isfinite(speed) else "   – tok/s"
     if step.flops_ratio is not None:
         text += f"   FLOPs {step.flops_ratio:.3f} × top-k"
     if run.end is not None:
@@ -181,5 +201,8 @@ def _layers(layers: list[LayerMetrics], most: int) -> Table:
 
 
 def _duration(seconds: float) -> str:
+    # Logs of older versions have no time of a step.
+    if not math.isfinite(seconds):
+        return "–"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -6,6 +6,7 @@ in brackets are the paper's figures they answer to.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def write_figures(views: Sequence[View], folder: Path) -> tuple[list[Path], dict
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    views = [_in_legends(view) for view in views]
     written, left_out = [], {}
     for name, drawing in FIGURES.items():
         missing = drawing.needs(views)
@@ -116,6 +118,16 @@ def write_figures(views: Sequence[View], folder: Path) -> tuple[list[Path], dict
             legend_below(figure)
             written.append(_save(figure, folder / name))
     return written, left_out
+
+
+def _in_legends(view: View) -> View:
+    """The same run with a name that matplotlib shows: it hides names that begin with ``_``."""
+    if not view.label.startswith("_"):
+        return view
+    # A copy has the arrays and phases that were computed.
+    named = copy.copy(view)
+    named.label = "\u200b" + view.label  # a space without width
+    return named
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from uar_megatron.reporting.figures.style import (
     PALETTE,
     drawable,
@@ -31,12 +33,13 @@ def depth(figure: Figure, views: Sequence[View]) -> None:
     axes = iter(panels(figure, len(runs), 2))
     for view, _ in runs:
         for name in ("entropy_mean", "energy_mean"):
-            _profiles(next(axes), view, name, f"{view.label}: " if len(runs) > 1 else "")
+            _profiles(next(axes), view, name, f"{view.label}: " if len(views) > 1 else "")
 
 
 def _profiles(axes: Axes, view: View, name: str, of: str) -> None:
     table, steps = metric(view.series, name), view.series.steps
-    places = sorted({round(i * (len(steps) - 1) / (_PROFILES - 1)) for i in range(_PROFILES)})
+    evenly = np.linspace(steps[0], steps[-1], _PROFILES)
+    places = np.unique(np.abs(np.subtract.outer(evenly, steps)).argmin(axis=1)).tolist()
     for number, place in enumerate(places):
         axes.plot(
             view.series.layers, table[place], "o-", markersize=3,
@@ -65,12 +68,12 @@ def expert_counts(figure: Figure, views: Sequence[View]) -> None:
             f"{view.label} ({start.num_experts}A{start.topk})"
         )  # fmt: skip
         highest = math.log(start.num_experts) if start and start.num_experts > 1 else 1.0
-        rows = max(1, len(view.series.steps) // 4)
+        late = view.run.part(0.75, 1.0)
         for axes, quantity, unit in (
             (left, "entropy_mean", highest),
             (right, "energy_mean", 1.0),
         ):
-            values = mean(metric(view.series, quantity)[-rows:], 0) / unit
+            values = mean(metric(view.series, quantity)[late], 0) / unit
             axes.plot(view.series.layers, values, "o-", color=color, markersize=4, label=name)
             axes.set_xlabel("layer")
     left.set_title("Router entropy over ln E, last quarter")
@@ -82,12 +85,11 @@ def expert_counts(figure: Figure, views: Sequence[View]) -> None:
 def trajectory(figure: Figure, views: Sequence[View]) -> None:
     """Mean energy over steps with its phases, and the way of each run through the H–F plane."""
     over_time, plane = panels(figure, 1, 2)
-    runs = drawable(views)
-    for view, color in runs:
+    for view, color in drawable(views):
         energy, entropy = (layer_mean(view.series, n) for n in ("energy_mean", "entropy_mean"))
         line(over_time, view.series.steps, energy, color=color, label=view.label)
         overall = view.phases[0]
-        if len(runs) == 1:
+        if len(views) == 1:
             mark_phases(over_time, view)
         if overall.peak_step is not None and overall.peak is not None:
             over_time.plot(overall.peak_step, overall.peak, "v", color=color, markersize=7)
@@ -95,7 +97,7 @@ def trajectory(figure: Figure, views: Sequence[View]) -> None:
         plane.plot(entropy[0], energy[0], "o", color=color, markersize=5)
         plane.plot(entropy[-1], energy[-1], "s", color=color, markersize=5)
     title = "Free energy, mean over layers (▼ peak)"
-    if len(runs) == 1 and runs[0][0].phases[0].reason:
+    if len(views) == 1 and views[0].phases[0].reason:
         title += "\nphases not yet distinguishable"
     finish(over_time, views, title, METRICS["energy_mean"][1])
     plane.set_title("Trajectory (● first step, ■ last)")

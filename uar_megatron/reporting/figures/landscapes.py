@@ -41,7 +41,7 @@ def landscapes(figure: Figure, views: Sequence[View]) -> None:
         known = np.concatenate([table[np.isfinite(table)] for table in tables])
         scale = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
         for (view, _), table in zip(runs, tables, strict=True):
-            of = f"{view.label}: " if len(runs) > 1 else ""
+            of = f"{view.label}: " if len(views) > 1 else ""
             heat_map(next(axes), view.series, table, unit, of + title, scale)
 
 

@@ -11,7 +11,6 @@ from uar_megatron.reporting.figures.style import (
     PALETTE,
     STATE_COLORS,
     by_step,
-    drawable,
     finish,
     line,
     panels,
@@ -31,9 +30,9 @@ def overview(figure: Figure, views: Sequence[View]) -> None:
     experts(axes[1], views)
     by_step(axes[2], views, "energy_mean")
     by_step(axes[3], views, "entropy_mean")
-    if len(drawable(views)) == 1:
-        states(axes[4], drawable(views)[0][0])
-        load(axes[5], drawable(views)[0][0])
+    if len(views) == 1 and views[0].series.layers:
+        states(axes[4], views[0])
+        load(axes[5], views[0])
     else:
         by_step(axes[4], views, "vacuum")
         by_step(axes[5], views, "max_vio")
@@ -84,7 +83,7 @@ def states(axes: Axes, view: View) -> None:
 def load(axes: Axes, view: View) -> None:
     """Load by expert over the last quarter of the run, layers by experts."""
     loads = view.series.loads
-    table = mean(loads[-max(1, len(loads) // 4) :], 0) * loads.shape[2]
+    table = mean(loads[view.run.part(0.75, 1.0)], 0) * loads.shape[2]
     axes.set_title("Load by expert, last quarter")
     if not table.size:
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", color="gray")

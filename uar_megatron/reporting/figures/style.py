@@ -69,7 +69,8 @@ def by_step(axes: Axes, views: Sequence[View], name: str, title: str = "") -> No
     runs = [(v, c) for v, c in drawable(views) if np.isfinite(metric(v.series, name)).any()]
     for view, color in runs:
         table = metric(view.series, name)
-        if len(runs) > 1:
+        # Of several runs one alone may have the metric: it is still drawn as a run.
+        if len(views) > 1:
             line(axes, view.series.steps, mean(table, 1), color=color, label=view.label)
             shade(axes, view.series.steps, table, color)
         else:
@@ -78,16 +79,14 @@ def by_step(axes: Axes, views: Sequence[View], name: str, title: str = "") -> No
             for place, label in named_layers(view.series):
                 color = layer_color(place, len(view.series.layers))
                 line(axes, view.series.steps, table[:, place], color=color, label=label)
-    if len(runs) == 1:
-        mark_phases(axes, runs[0][0])
+            mark_phases(axes, view)
     finish(axes, views, title or METRICS[name][0], METRICS[name][1], runs != [])
 
 
 def by_layer(axes: Axes, views: Sequence[View], name: str, title: str, last: float = 0.25) -> None:
     """A metric over depth, mean over the last part of each run."""
     for view, color in drawable(views):
-        rows = max(1, round(last * len(view.series.steps)))
-        values = mean(metric(view.series, name)[-rows:], 0)
+        values = mean(metric(view.series, name)[view.run.part(1 - last, 1.0)], 0)
         label = view.label if len(views) > 1 else None
         axes.plot(view.series.layers, values, "o-", color=color, markersize=4, label=label)
     axes.set_title(title)
@@ -139,12 +138,15 @@ def layer_color(place: int, count: int) -> Any:
 def heat_map(
     axes: Axes, series: Series, table: Array, label: str, title: str, scale: tuple[float, float]
 ) -> None:
-    """Layers × steps, in colours from the first to the second number of ``scale``."""
-    image = axes.imshow(
-        np.ma.masked_invalid(table.T), cmap="cividis", aspect="auto", interpolation="nearest",
-        vmin=scale[0], vmax=scale[1],
-        extent=(series.steps[0], series.steps[-1] + 1, len(series.layers) - 0.5, -0.5),
+    """Layers × steps, in colours from the first to the second number of ``scale``.
+
+    A logging interval is as wide as the steps it has: a resume may change them.
+    """
+    image = axes.pcolormesh(
+        series.edges, np.arange(len(series.layers) + 1) - 0.5, np.ma.masked_invalid(table.T),
+        cmap="cividis", vmin=scale[0], vmax=scale[1], rasterized=True,
     )  # fmt: skip
+    axes.invert_yaxis()
     axes.figure.colorbar(image, ax=axes, label=label)
     every = math.ceil(len(series.layers) / 12)
     places = range(0, len(series.layers), every)
