@@ -201,7 +201,7 @@ def export(
     ] = "csv",
     output: Annotated[Path | None, typer.Option(help="folder; RUN/export if not given")] = None,
 ) -> None:
-    """Write tables of steps, layers, validations and observations, every logged step of them."""
+    """Write tables of steps, layers, validations, observations and histograms, all there are."""
     from uar_megatron.reporting.export import export_run
 
     for path in export_run(run, form, output):
