@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_the_resolved_configuration_loads_as_the_same(mine: Path, tmp_path: Path
     assert load_experiment(tmp_path / "saved" / "config.yaml") == experiment
     assert [p.name for p in (tmp_path / "saved").iterdir()] == ["config.yaml"]
     assert load_uar_section(tmp_path / "saved" / "config.yaml") == experiment.uar
+
+
+@pytest.mark.parametrize("name", ["1e-3", "1e5", "12e03", "nan", "0x1f", "yes", "it's", "a: b", ""])
+def test_text_that_looks_like_something_else_stays_text(
+    mine: Path, tmp_path: Path, name: str
+) -> None:
+    experiment = load_experiment(mine)
+    run = experiment.run.model_copy(update={"name": name})
+    experiment = dataclasses.replace(experiment, run=run)
+    save_resolved(experiment, tmp_path / "saved")
+    assert load_experiment(tmp_path / "saved" / "config.yaml") == experiment
 
 
 def test_the_uar_section_may_stand_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ over its defaults, the command line over all. Everything that is not a section o
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +71,25 @@ class Experiment:
         return {**sections, **self.megatron}
 
     def to_yaml(self) -> str:
-        """Return :attr:`resolved` as YAML."""
-        return yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
+        """Return :attr:`resolved` as YAML, a value a line: ``slurm.sbatch`` reads one of them."""
+        return yaml.dump(
+            self.resolved, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that OmegaConf takes for a number and PyYAML does not, such as ``1e-3``."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Represent a string."""
+        try:
+            float(text)
+        except ValueError:
+            return self.represent_str(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

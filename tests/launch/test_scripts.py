@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def test_settings_are_read_back_by_bash(tmp_path: Path) -> None:
         ["bash", "-uc", text[start:end] + print_all], capture_output=True, text=True, check=True
     )
     assert said.stdout.splitlines() == ["0", "it's", *words]
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "the shared drive of our group " * 5, "it's: here", "a #1"]
+)
+def test_the_script_finds_the_checkpoints(tmp_path: Path, name: str) -> None:
+    run, save = tiny(tmp_path), f"{tmp_path}/{name}/checkpoints"
+    save_resolved(dataclasses.replace(run, megatron=run.megatron | {"save": save}), tmp_path)
+    script = (script_dir() / "slurm.sbatch").read_text()
+    (lines,) = re.findall(r"^save=\$\(.*?\)\n", script, re.MULTILINE | re.DOTALL)
+    said = subprocess.run(
+        ["bash", "-euc", f'{lines}\necho "$save"'],
+        env=os.environ | {"run": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout == f"{save}\n"
 
 
 def test_directives_are_replaced_or_added(tmp_path: Path) -> None:
@@ -302,6 +318,16 @@ def test_a_refused_submission_changes_nothing(
         launch_slurm(TINY, [f"run.dir={run}"], 1, unchecked, SlurmOptions(), dry_run=False)
     with pytest.raises(UARError, match=r"job 7 .* is still in the queue"):
         submit_sweep(grid, unchecked, SlurmOptions(), at_a_time=None, dry_run=False)
+    with pytest.raises(UARError, match=r"job 7 .* is still in the queue"):
+        torchrun_command(TINY, [f"run.dir={run}"], 1, unchecked, None, 0)
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\necho Unable to contact slurm controller >&2\nexit 1\n")
+    with pytest.raises(UARError, match=r"squeue: Unable to contact .*: is job 7 of .* still"):
+        torchrun_command(TINY, [f"run.dir={run}"], 1, unchecked, None, 0)
+    squeue.write_text(
+        "#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n"
+    )
+    torchrun_command(TINY, [f"run.dir={run}"], 1, unchecked, None, 0)
     (folder / "slurm.job").unlink()
     point = load_sweep(grid).points[1]
     point.folder.mkdir(parents=True)

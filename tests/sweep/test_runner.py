@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from jobs import TIMEOUT, TINY, environment
 
+from uar_megatron.errors import UARError
 from uar_megatron.sweep import runner
 from uar_megatron.sweep.command import make_table, run_sweep
 from uar_megatron.sweep.grid import Sweep, load_sweep
@@ -191,6 +192,12 @@ def test_a_point_that_a_dead_sweep_left_running_is_waited_for(
     assert all(state.finished for state in states)
     assert "tiny seed=1: still runs" in capfd.readouterr().out
     assert not (folder / "train.log").exists()
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / CARE).mkdir()
+    with pytest.raises(UARError, match=rf"{CARE}: Is a directory\n  remedy:  sweep in a folder"):
+        take_lock(tmp_path, CARE)
 
 
 @pytest.mark.slow

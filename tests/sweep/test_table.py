@@ -11,6 +11,7 @@ from jobs import TINY
 from records import start, step
 
 from uar_megatron.errors import ConfigError
+from uar_megatron.experiment import save_resolved
 from uar_megatron.reporting.runlog import RunLogWriter
 from uar_megatron.reporting.schema import End, LayerValidation, Record, Validation
 from uar_megatron.sweep.command import make_table
@@ -124,6 +125,19 @@ def test_unfinished_points_are_listed_and_pairs_are_seeds_of_both(grid: Path) ->
     assert "- Top-k seed=3: step 16 of 20: killed, or still running" in text
     assert "- UAR seed=1: step 1 of 20: SIGTERM received, checkpoint saved" in text
     assert "- UAR seed=2: step 0 of 20: not started" in text
+
+
+def test_what_was_trained_with_another_configuration_is_not_in_the_numbers(grid: Path) -> None:
+    sweep = expand(grid)
+    train_all(sweep)
+    for point in sweep.points:
+        save_resolved(point.experiment, point.folder)
+    before = make_table(grid)
+    assert "Unfinished" not in before
+    grid.write_text(grid.read_text().replace("uar_ae]", "uar_ae, lr=0.007]"))
+    text = make_table(grid)
+    assert "Unfinished, not in the numbers (3):" in text
+    assert "- UAR seed=2: its run has another configuration: lr was " in text
 
 
 def test_nothing_trained_yet(grid: Path) -> None:

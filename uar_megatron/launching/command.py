@@ -22,6 +22,7 @@ from uar_megatron.launching.slurm import (
     Batch,
     SlurmOptions,
     batch_script,
+    refuse_queued,
     refuse_submission,
     submit,
 )
@@ -70,12 +71,14 @@ def torchrun_command(
     """Check an experiment; return the command that starts it on this node.
 
     Raises:
-        UARError: the experiment cannot be used, or its folder holds another run.
+        UARError: the experiment cannot be used, its folder holds another run, or SLURM is about to
+            train it.
     """
     overrides = [*overrides, f"launch.nnodes={nodes}"]
     experiment = load_experiment(config, overrides)
     _refuse_another_run(experiment)
     check({str(config): experiment})
+    refuse_queued(Path(experiment.run.dir))
     command = [str(script_dir() / "torchrun.sh")]
     if nodes > 1:
         command += ["--nodes", str(nodes), "--rendezvous", rendezvous or "HOST:29500"]

@@ -166,13 +166,18 @@ def refuse_queued(folder: Path) -> None:
     Two trainings of one run would overwrite each other's checkpoints.
 
     Raises:
-        UARError: SLURM has the job in its queue; it forgets those that have ended.
+        UARError: SLURM has the job in its queue, or cannot say; it forgets those that have ended.
     """
     if not (folder / JOB).exists() or shutil.which("squeue") is None:
         return
     job = (folder / JOB).read_text(encoding="utf-8").strip()
     asked = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job], capture_output=True, text=True)
-    if asked.returncode == 0 and asked.stdout.strip():
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        raise UARError(
+            f"squeue: {asked.stderr.strip()}: is job {job} of {folder} still in the queue?\n"
+            f"  remedy:  try again, or delete {folder / JOB} if that job is over"
+        )
+    if asked.stdout.strip():
         states = ", ".join(sorted(set(asked.stdout.lower().split())))
         raise UARError(
             f"job {job} of {folder} is still in the queue ({states})\n"

@@ -14,6 +14,7 @@ import pandas as pd
 
 from uar_megatron.config import nearest
 from uar_megatron.errors import ConfigError, UARError
+from uar_megatron.experiment import changes_of_run
 from uar_megatron.reporting.runlog import Run
 from uar_megatron.reporting.schema import Validation
 from uar_megatron.reporting.summary import perplexity, summarise
@@ -124,8 +125,10 @@ def measure(sweep: Sweep, metrics: Sequence[str] = tuple(METRICS)) -> pd.DataFra
     for point in sweep.points:
         state = read_state(point)
         reason = state.reason and f"step {state.step} of {point.steps or '?'}: {state.reason}"
+        if changed := changes_of_run(point.experiment, point.folder):
+            reason = f"its run has another configuration: {'; '.join(changed)}"
         record: dict[str, Any] = {"row": point.row, "seed": point.seed, "reason": reason}
-        if state.finished and state.run is not None:
+        if not reason and state.run is not None:
             for name in metrics:
                 for of, value in METRICS[name].values(state.run).items():
                     record[f"{name} {of}".strip()] = math.nan if value is None else value

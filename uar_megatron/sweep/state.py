@@ -92,8 +92,18 @@ def take_lock(folder: Path, name: str) -> int | None:
     ``RUN`` is to be the standard input of the process that runs the point: every process started
     from there inherits it, so the lock lasts until the last of them is gone, whatever becomes of
     the sweep. Who takes ``RUN`` has ``CARE``. The files stay empty.
+
+    Raises:
+        UARError: the file is another user's, or there are no locks here.
     """
-    file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UARError(
+            f"{folder / name}: {error.strerror}\n"
+            "  remedy:  sweep in a folder of your own, or have its owner make the folder and its "
+            "locks writable for you (umask 002)"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
