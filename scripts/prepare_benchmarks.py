@@ -169,17 +169,21 @@ def read_logiqa(path: Path) -> list[Record]:
                 "  allowed: eight lines a question: empty, a … d, context, question, four options"
             )
         texts = [option.strip() for option in options]
+        texts = [t[2:] if t[:2] in ("A.", "B.", "C.", "D.") else t for t in texts]
         records.append(
             {
                 "label": label,
-                "context": context.strip(),
-                "question": question.strip(),
-                "options": [
-                    t[2:].strip() if t[:2] in ("A.", "B.", "C.", "D.") else t for t in texts
-                ],
+                "context": spaced(context),
+                "question": spaced(question),
+                "options": [spaced(text) for text in texts],
             }
         )
     return records
+
+
+def spaced(text: str) -> str:
+    """As the loading script of lm-eval's data set (EleutherAI/logiqa) has it."""
+    return text.replace(".", ". ").strip()
 
 
 def write(records: Iterable[Record], path: Path) -> int:

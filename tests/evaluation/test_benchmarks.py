@@ -136,6 +136,15 @@ def test_bad_sources(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         script.read_logiqa(tmp_path / "Test.txt")
 
 
+def test_logiqa_is_spaced_as_lm_evals_data_is(script: Any, tmp_path: Path) -> None:
+    options = ["A.It is.Not so.", "B.Two.", "C.Three.", "D.Four."]
+    lines = ["", "a", "All A are B.Some B are C.", "So what?", *options]
+    (tmp_path / "Test.txt").write_text("\n".join(lines) + "\n")
+    (record,) = script.read_logiqa(tmp_path / "Test.txt")
+    assert record["context"] == "All A are B. Some B are C."
+    assert record["options"] == ["It is. Not so.", "Two.", "Three.", "Four."]
+
+
 def test_the_papers_shots() -> None:
     shots = {name: of.shots for name, of in benchmarks().items() if of.shots}
     assert shots == {"hellaswag": 10, "arc_challenge": 25, "boolq": 32, "mmlu": 5}

@@ -286,8 +286,15 @@ def test_identity_is_that_of_what_decides_about_answers(run: Path, tmp_path: Pat
     assert identity("expert_model_parallel_size=2", "tensor_model_parallel_size=2") == own
     assert identity("uar.budget.mode=mean") != own
     assert identity_of(locate(run), evaluation_experiment(locate(run))) != own
-    os.utime(located.folder / ".metadata", (0, 0))
-    assert identity() != own
+    merges = tmp_path / "merges.txt"
+    merges.write_text("a b")
+    before = identity(f"merge_file={merges}")
+    merges.write_text("a b c")
+    assert identity(f"merge_file={merges}") != before
+    for file in (located.folder / ".metadata", next(located.folder.glob("*.distcp"))):
+        own = identity()
+        os.utime(file, (0, 0))
+        assert identity() != own
 
 
 def test_another_tokenizer(run: Path, tmp_path: Path, loaded: None) -> None:

@@ -42,7 +42,12 @@ def results(run: str, acc: float, **changes: Any) -> dict[str, Any]:
             "shots": of.shots,
             "note": None,
             "group": None,
-            "usage": {"tokens": 100 * (i + 1), "k_eff": 2.0 + i / 10, "flops_ratio": 1.0 + i / 100},
+            "usage": {
+                "tokens": 100 * (i + 1),
+                "k_eff": 2.0 + i / 10,
+                "flops_per_token": 7.0 - i / 2,
+                "flops_ratio": 1.0 + i / 100,
+            },
         }
         for i, (name, of) in enumerate(benchmarks().items())
     }
@@ -75,8 +80,9 @@ def test_columns_and_means(tmp_path: Path) -> None:
     weights = [100 * (i + 1) for i in range(10)]
     k_eff = sum(w * (2 + i / 10) for i, w in enumerate(weights)) / sum(weights)
     assert frame.loc["topk", "k_eff"] == pytest.approx(k_eff)
-    ratio = sum(w * (1 + i / 100) for i, w in enumerate(weights)) / sum(weights)
-    assert frame.loc["topk", "FLOPs"] == pytest.approx(ratio)
+    flops = sum(w * (7 - i / 2) for i, w in enumerate(weights))
+    top_k = sum(w * (7 - i / 2) / (1 + i / 100) for i, w in enumerate(weights))
+    assert frame.loc["topk", "FLOPs"] == pytest.approx(flops / top_k)
 
 
 def test_text_and_notes(tmp_path: Path) -> None:
@@ -89,7 +95,7 @@ def test_text_and_notes(tmp_path: Path) -> None:
     text = make_table1(paths)
     lines = text.splitlines()
     assert lines[0].startswith("|  | seeds | FLOPs | SciQ | PIQA |")
-    assert lines[2].startswith("| topk | 2 | 1.060 ± 0.000 | 30.0 ± 10.0 |")
+    assert lines[2].startswith("| topk | 2 | 1.052 ± 0.000 | 30.0 ± 10.0 |")
     # A mean over nine tasks could not be compared with one over ten.
     assert "| 33.0 | – | – | 2.5" in lines[3]
     for entry in partly["tasks"].values():
@@ -119,16 +125,19 @@ def test_the_command_takes_files_and_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"checkpoint": "a"}, "of the same checkpoint"),
-        ({"checkpoint": "b", "policy": "topk"}, "with another routing"),
+        ({"checkpoint": "a/iter_20"}, "of the same training"),
+        ({"checkpoint": "a/iter_10", "iteration": 10}, "of the same training"),
+        ({"checkpoint": "b/iter_10", "iteration": 10}, "after 10 steps, not 20"),
+        ({"checkpoint": "b/iter_20", "policy": "topk"}, "with another routing"),
     ],
 )
 def test_what_are_no_seeds_of_one_run(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
-    first = results("run", 0.2, checkpoint="a", policy="uar")
-    paths = written(tmp_path, first, results("run", 0.2, **{"policy": "uar", **changes}))
+    usual = {"policy": "uar", "iteration": 20}
+    first = results("run", 0.2, checkpoint="a/iter_20", **usual)
+    paths = written(tmp_path, first, results("run", 0.2, **usual | changes))
     with pytest.raises(DataError, match=why):
         make_table1(paths)
-    seed = results("run", 0.2, checkpoint="b", policy="uar")
+    seed = results("run", 0.2, checkpoint="b/iter_20", **usual)
     assert "| run | 2 |" in make_table1(written(tmp_path, first, seed))
 
 

@@ -104,6 +104,11 @@ def test_logits_and_k(name: str, tmp_path: Path) -> None:
         if "exact" not in name:
             close(token_by_token(exported, *padded(sequences, "left"))[0], expected[0][0])
             close(token_by_token(exported, *padded(sequences, "left"))[2, -3:], expected[2][0][-3:])
+    ids = sequences[0].unsqueeze(0)
+    exported.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in exported.parameters())
+    if "uar.budget.k_min=0" in MODELS[name]:
+        assert any((k == 0).any() for k in expected[0][1]), "no token is without an expert"
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -54,14 +54,26 @@ def make_table1(sources: Sequence[Path], form: str = "markdown") -> str:
 
 def _check_seed(source: Path, results: dict[str, Any], others: list[dict[str, Any]]) -> None:
     for other in others:
-        routings = [[r.get(key) for key in ("policy", "budget", "topk")] for r in (results, other)]
-        is_same = results.get("checkpoint") == other.get("checkpoint")
-        if routings[0] != routings[1] or (is_same and results.get("checkpoint")):
-            what = "of the same checkpoint" if is_same else "with another routing"
+        what = _why_no_seed(results, other)
+        if what:
             raise DataError(
                 f"results: {source} is of run {results['run']} like another one, but {what}\n"
                 "  remedy:  evaluate it with a name of its own: run.name=…"
             )
+
+
+def _why_no_seed(results: dict[str, Any], other: dict[str, Any]) -> str:
+    """Why two evaluations are not of two seeds of one run; empty where they are."""
+    both = (results, other)
+    routings = [[of.get(key) for key in ("policy", "budget", "topk")] for of in both]
+    if routings[0] != routings[1]:
+        return "with another routing"
+    trainings = [Path(of.get("checkpoint") or "").parent for of in both]
+    if trainings[0] == trainings[1] and results.get("checkpoint"):
+        return "of the same training"
+    if results.get("iteration") != other.get("iteration"):
+        return f"after {results.get('iteration')} steps, not {other.get('iteration')}"
+    return ""
 
 
 def _columns(found: Sequence[dict[str, Any]]) -> list[tuple[str, Value, int]]:
@@ -99,16 +111,18 @@ def _used(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [of for of in results["perplexity"].values() if of.get("tokens")]
 
 
-def _per_token(key: str) -> Value:
-    def value(results: dict[str, Any]) -> float | None:
-        used = [of for of in _used(results) if key in of]
-        tokens = sum(of["tokens"] for of in used)
-        return sum(of[key] * of["tokens"] for of in used) / tokens if tokens else None
-
-    return value
+def _k_eff(results: dict[str, Any]) -> float | None:
+    used = _used(results)
+    tokens = sum(of["tokens"] for of in used)
+    return sum(of["k_eff"] * of["tokens"] for of in used) / tokens if tokens else None
 
 
-_flops_ratio, _k_eff = _per_token("flops_ratio"), _per_token("k_eff")
+def _flops_ratio(results: dict[str, Any]) -> float | None:
+    """Of all tokens together; one in a long context costs more."""
+    used = [of for of in _used(results) if "flops_ratio" in of]
+    flops = [of["flops_per_token"] * of["tokens"] for of in used]
+    top_k = sum(f / of["flops_ratio"] for f, of in zip(flops, used, strict=True))
+    return sum(flops) / top_k if top_k else None
 
 
 def _of_set(name: str, key: str) -> Value:

@@ -110,7 +110,9 @@ class Router(nn.Module):
         else:
             weight_TK = scores_TE.gather(1, index_TK)
             if rule != "as_they_are":
-                scaled_TK = weight_TK / ((weight_TK * chosen_TK).sum(-1, keepdim=True) + 1e-20)
+                sum_T1 = (weight_TK * chosen_TK).sum(-1, keepdim=True) + 1e-20
+                # Without an expert there is nothing to divide; 1/1e-20 has gradients of infinity.
+                scaled_TK = weight_TK / sum_T1.masked_fill((k_T == 0).unsqueeze(-1), 1.0)
                 if rule == "renormalised_to_K":
                     if routing["score_function"] != "softmax":
                         weight_TK = weight_TK / (scores_TE.sum(-1, keepdim=True) + 1e-20)
