@@ -139,6 +139,25 @@ def test_patterns_and_files_named_twice(tmp_path: Path) -> None:
     assert find_files([c, str(tmp_path / "b" / "b*"), tmp_path, a]) == [c, b, a]
 
 
+def test_linked_folders_are_searched_once_and_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    files = [put(root / "a.txt"), put(tmp_path / "elsewhere" / "deep" / "b.txt")]
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "twice").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)  # without end
+    found = find_files([root])
+    assert found == [root / "a.txt", root / "linked" / "deep" / "b.txt"]
+    assert [file.resolve() for file in find_files([str(root / "**" / "*.txt")])] == files
+    for name in ("gone.txt", "gone"):
+        link = root / "linked" / name
+        link.symlink_to(tmp_path / "nowhere")
+        for source in (root, str(root / "linked" / "g*"), link):
+            with pytest.raises(DataError, match=rf"{name}: a link that leads nowhere.*\n  remedy:"):
+                find_files([source])
+        link.rename(root / "linked" / ".hidden")
+        assert find_files([root]) == found
+
+
 def test_inputs_that_give_nothing(tmp_path: Path) -> None:
     good = put(tmp_path / "good.txt")
     put(tmp_path / "empty" / "a.pdf")

@@ -27,7 +27,7 @@ class DocumentReader:
     """Iterates over the documents of files, folders and glob patterns, always in the same order.
 
     Args:
-        inputs: files, folders (searched recursively for known suffixes) and glob patterns.
+        inputs: see :func:`find_files`.
         json_field: the field of a JSON line that holds the text.
         separator: splits each text file into several documents where it occurs; ``None`` keeps
             one document per file.
@@ -38,7 +38,7 @@ class DocumentReader:
         bytes_read: how much of it has been consumed so far, for a progress bar.
 
     Raises:
-        DataError: an input does not exist, or matches nothing.
+        DataError: an input does not exist, cannot be read, or matches nothing.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DocumentReader:
         try:
             self.files = find_files(inputs)
             self.bytes_total = sum(path.stat().st_size for path in self.files)
-        except OSError as error:  # a dangling link, a folder without permission
+        except OSError as error:  # a folder without permission
             raise DataError(f"an input cannot be read: {error}") from error
         self.bytes_read = 0
         self._json_field = json_field
@@ -100,11 +100,11 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
     """Expand files, folders and glob patterns to a list of files, each real file once.
 
     Args:
-        inputs: what to look for.
+        inputs: what to look for. Folders are searched recursively, through links too.
         suffix: of the files taken from folders; ``None`` takes text and JSON lines.
 
     Raises:
-        DataError: an input does not exist or yields no file.
+        DataError: an input does not exist or yields no file, or a link leads nowhere.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -129,15 +129,37 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
 
 def _files_below(path: Path, suffix: str | None) -> list[Path]:
     if not path.is_dir():
+        _refuse_dangling(path)
         return [path]
-    return sorted(
-        p for p in path.rglob("*") if p.is_file() and _is_corpus_file(p.relative_to(path), suffix)
-    )
+    found: list[Path] = []
+    visited: set[Path] = set()  # links may lead back to where they are
+    for folder, folders, names in path.walk(on_error=_raise, follow_symlinks=True):
+        if folder.resolve() in visited:
+            folders.clear()
+            continue
+        visited.add(folder.resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (folder / name for name in names if not name.startswith(".")):
+            _refuse_dangling(file)  # whatever its suffix: it may have led to a folder
+            if file.is_file() and _is_corpus_file(file, suffix):
+                found.append(file)
+    return sorted(found)
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path}: a link that leads nowhere (to {path.readlink()})\n"
+            "  remedy:  bring back what it leads to, or remove it"
+        )
+
+
+def _raise(error: OSError) -> None:
+    """What cannot be searched is no empty folder."""
+    raise error
 
 
 def _is_corpus_file(path: Path, suffix: str | None) -> bool:
-    if any(part.startswith(".") for part in path.parts):
-        return False
     if suffix is not None:
         return path.suffix == suffix
     # A lone .json in a folder is more often metadata (our own sidecar for one) than JSON lines.
