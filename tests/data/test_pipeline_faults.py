@@ -170,6 +170,11 @@ DAMAGES: dict[str, tuple[str, bytes, str]] = {
         np.array([1, 257, EOD], "uint16").tobytes(),
         "id 257 at token 1 ",
     ),
+    "no end": (
+        "x.npy",
+        np.array([1, 2, 3], "uint32").tobytes(),
+        f"none of its 6 ids of uint16 is {EOD}, which ends a document",
+    ),
     "numpy header": ("x.npy", b"\x93NUMPY\x01\0" + b"\0" * 90, "begins with numpy's header"),
 }
 
@@ -202,6 +207,20 @@ def test_a_damaged_shard_is_named_and_the_rest_is_kept(damage: str, tmp_path: Pa
         merge_corpus(open_plan(made, out), out)
     assert message in str(refused.value)
     assert not (out / "manifest.json").exists()
+
+
+def test_a_type_too_small_for_the_tokenizer_is_refused_at_once(
+    tiktoken: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    np.array([1, 2, 3], "uint16").tofile(tmp_path / "a.npy")
+    vocabulary = tiktoken([f"{i:05}" for i in range(2**16 - 256 - 1000 + 1)])
+    sources = [{"name": "a", "paths": ["a.npy"], "tokens": "uint16"}]
+    made = recipe(tmp_path, sources=sources, tokenizer=f"tiktoken:{vocabulary}")
+    with pytest.raises(DataError, match="source a: tokens: uint16 does not hold the 65537 ids"):
+        open_plan(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    sources[0]["tokens"] = "uint32"
+    open_plan(recipe(tmp_path, sources=sources, tokenizer=made.tokenizer), tmp_path / "out")
 
 
 def test_a_damaged_shard_is_mended(tmp_path: Path) -> None:

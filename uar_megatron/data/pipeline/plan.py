@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uar_megatron.data.engines import ENGINES
 from uar_megatron.data.files import put_json, put_text
 from uar_megatron.data.pipeline.recipe import Recipe, Source, of_parts
 from uar_megatron.data.readers import find_files
-from uar_megatron.data.tokenizers import HuggingFaceEncoder, build_encoder, fingerprint
+from uar_megatron.data.tokenizers import Encoder, HuggingFaceEncoder, build_encoder, fingerprint
 from uar_megatron.errors import DataError
 
 PLAN, PARTS, MANIFEST = "plan.json", "parts", "manifest.json"
@@ -83,15 +85,17 @@ def open_plan(recipe: Recipe, out: Path) -> Plan:
 
     Raises:
         DataError: the folder's corpus has another recipe, tokenizer or other shards, or holds
-            something else; an input is missing.
+            something else; an input is missing; a type of tokens is too small for the tokenizer.
     """
     path = out / PLAN
     if path.exists():
         return _follow(recipe, out)
     _refuse_foreign_files(recipe, out)
     shards = find_shards(recipe)
+    encoder = build_encoder(recipe.tokenizer)
+    _refuse_narrow_tokens(recipe, encoder)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    facts = _look_at_tokenizer(recipe.tokenizer, out / PARTS)
+    facts = _look_at_tokenizer(recipe.tokenizer, encoder, out / PARTS)
     _write_once(path, _content(Plan(recipe, facts, tuple(shards))))
     return _follow(recipe, out)  # another node may have been first
 
@@ -174,9 +178,19 @@ def assign(sizes: Sequence[int], nodes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _look_at_tokenizer(spec: str, folder: Path) -> TokenizerFacts:
-    """Load a tokenizer once; keep what workers need, so that they start without torch."""
-    encoder = build_encoder(spec)
+def _refuse_narrow_tokens(recipe: Recipe, encoder: Encoder) -> None:
+    """Raise DataError where ids of a source's type cannot be this tokenizer's."""
+    for source in recipe.sources:
+        if source.tokens and encoder.vocab_size - 1 > np.iinfo(source.tokens).max:
+            raise DataError(
+                f"source {source.name}: tokens: {source.tokens} does not hold the "
+                f"{encoder.vocab_size} ids of {recipe.tokenizer}\n"
+                "  remedy:  name the type and the tokenizer that its arrays were written with"
+            )
+
+
+def _look_at_tokenizer(spec: str, encoder: Encoder, folder: Path) -> TokenizerFacts:
+    """What the plan says of a tokenizer; keeps what workers need to start without torch."""
     if isinstance(encoder, HuggingFaceEncoder):
         put_text(folder / TOKENIZER, encoder.content)
     return TokenizerFacts(

@@ -28,7 +28,8 @@ class Source(Section):
     """Files, folders (searched recursively) and glob patterns, relative to ``root``."""
     tokens: Literal["uint16", "uint32"] | None = None
     """The files are arrays of token ids of this type with an end-of-document id after every
-    document (``.npy`` of AI2's Dolma tools, without a header), not text."""
+    document (``.npy`` of AI2's Dolma tools, without a header), not text. A file in which no id
+    ends a document is refused: its type or its tokenizer is another."""
     json_field: str = "text"
     """Of each JSON line: the text."""
     separator: Annotated[str, Field(min_length=1)] | None = None
