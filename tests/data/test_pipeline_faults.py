@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -317,6 +318,37 @@ def test_a_part_that_has_changed_is_found(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"000001"):
             merge_corpus(plan, out)
         assert not (out / "web_train.idx").exists()
+
+
+@pytest.mark.parametrize("command", ["build", "tokenize", "merge", "verify"])
+def test_a_folder_that_holds_no_corpus_or_can_hold_none(command: str, tmp_path: Path) -> None:
+    put_shard(tmp_path / "in" / "web" / "0.jsonl", ["one"])
+    (tmp_path / "r.yaml").write_text(
+        f"tokenizer: bytes\nroot: {tmp_path / 'in'}\nsources: [{{name: web, paths: [web]}}]\n"
+    )
+
+    def refused(out: Path) -> str:
+        words = ["corpus", command, str(tmp_path / "r.yaml"), "-o", str(out)]
+        result = CliRunner().invoke(app, words)
+        assert isinstance(result.exception, DataError)  # main() makes it exit code 2
+        return str(result.exception)
+
+    (tmp_path / "file").touch()
+    begins = command in ("build", "tokenize")
+    words = "a corpus cannot be begun there: .*\n  remedy: " if begins else "holds no corpus .*\n"
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        assert re.match(f"{out}: {words}", refused(out))
+    if not begins:
+        assert "`uar corpus build` and `tokenize` begin one" in refused(tmp_path / "mistyped")
+        assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_pattern_that_matches_a_link_to_nothing(tmp_path: Path) -> None:
+    put_sources(tmp_path / "in")
+    (tmp_path / "in" / "web" / "9.jsonl").symlink_to("nowhere")
+    sources = [{"name": "web", "paths": ["web/*.jsonl"]}]
+    with pytest.raises(DataError, match=r"9\.jsonl: a link that leads nowhere \(to nowhere\)"):
+        open_plan(recipe(tmp_path / "in", sources=sources), tmp_path / "out")
 
 
 def test_two_processes_on_one_shard(tmp_path: Path) -> None:

@@ -85,19 +85,42 @@ def open_plan(recipe: Recipe, out: Path) -> Plan:
 
     Raises:
         DataError: the folder's corpus has another recipe, tokenizer or other shards, or holds
-            something else; an input is missing; a type of tokens is too small for the tokenizer.
+            something else, or cannot be written; an input is missing; a type of tokens is too
+            small for the tokenizer.
     """
-    path = out / PLAN
-    if path.exists():
-        return _follow(recipe, out)
-    _refuse_foreign_files(recipe, out)
-    shards = find_shards(recipe)
-    encoder = build_encoder(recipe.tokenizer)
-    _refuse_narrow_tokens(recipe, encoder)
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
-    facts = _look_at_tokenizer(recipe.tokenizer, encoder, out / PARTS)
-    _write_once(path, _content(Plan(recipe, facts, tuple(shards))))
-    return _follow(recipe, out)  # another node may have been first
+    try:
+        if not (out / PLAN).exists():
+            _begin(recipe, out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: a corpus cannot be begun there: {error}\n"
+            "  remedy:  make that possible, or name another folder with -o"
+        ) from error
+    return follow_plan(recipe, out)  # another node may have been first
+
+
+def follow_plan(recipe: Recipe, out: Path) -> Plan:
+    """The plan that is in a folder, with the recipe given.
+
+    Raises:
+        DataError: there is none, or it is of another recipe, tokenizer or other shards.
+    """
+    plan = read_plan(out)
+
+    def refuse(what: str) -> DataError:
+        return DataError(
+            f"{out}: was begun with {what}\n"
+            "  remedy:  begin in a new folder, or remove this one to build it again"
+        )
+
+    look = Recipe.model_dump if (out / MANIFEST).exists() else of_parts
+    old, new = look(plan.recipe), look(recipe)
+    changed = [key for key in new if new[key] != old[key]]
+    if changed:
+        raise refuse(f"another recipe; different: {', '.join(changed)}")
+    if fingerprint(recipe.tokenizer) != plan.tokenizer.sha256:
+        raise refuse(f"another tokenizer than {recipe.tokenizer} is now")
+    return replace(plan, recipe=recipe)
 
 
 def rewrite_plan(plan: Plan, out: Path, sizes: Mapping[str, int]) -> None:
@@ -131,8 +154,13 @@ def read_plan(out: Path) -> Plan:
                 for shard in content["shards"]
             ),
         )
-    except FileNotFoundError as error:
-        raise DataError(f"{out}: holds no corpus (no {PLAN})") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{out}: holds no corpus (no {PLAN})\n"
+            "  remedy:  name its folder with -o; `uar corpus build` and `tokenize` begin one"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a corpus plan: {error!r}") from error
 
@@ -178,6 +206,16 @@ def assign(sizes: Sequence[int], nodes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def _begin(recipe: Recipe, out: Path) -> None:
+    _refuse_foreign_files(recipe, out)
+    shards = find_shards(recipe)
+    encoder = build_encoder(recipe.tokenizer)
+    _refuse_narrow_tokens(recipe, encoder)
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    facts = _look_at_tokenizer(recipe.tokenizer, encoder, out / PARTS)
+    _write_once(out / PLAN, _content(Plan(recipe, facts, tuple(shards))))
+
+
 def _refuse_narrow_tokens(recipe: Recipe, encoder: Encoder) -> None:
     """Raise DataError where ids of a source's type cannot be this tokenizer's."""
     for source in recipe.sources:
@@ -216,26 +254,6 @@ def _content(plan: Plan) -> dict[str, Any]:
         "tokenizer": asdict(plan.tokenizer),
         "shards": [asdict(shard) for shard in plan.shards],
     }
-
-
-def _follow(recipe: Recipe, out: Path) -> Plan:
-    """The plan that is there, with the recipe given; refused if that is of another corpus."""
-    plan = read_plan(out)
-
-    def refuse(what: str) -> DataError:
-        return DataError(
-            f"{out}: was begun with {what}\n"
-            "  remedy:  begin in a new folder, or remove this one to build it again"
-        )
-
-    look = Recipe.model_dump if (out / MANIFEST).exists() else of_parts
-    old, new = look(plan.recipe), look(recipe)
-    changed = [key for key in new if new[key] != old[key]]
-    if changed:
-        raise refuse(f"another recipe; different: {', '.join(changed)}")
-    if fingerprint(recipe.tokenizer) != plan.tokenizer.sha256:
-        raise refuse(f"another tokenizer than {recipe.tokenizer} is now")
-    return replace(plan, recipe=recipe)
 
 
 def _write_once(path: Path, content: dict[str, Any]) -> None:
