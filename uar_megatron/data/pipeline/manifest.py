@@ -71,10 +71,12 @@ def merge_corpus(
         DataError: a shard is not tokenized, a part is damaged, or a file cannot be written.
     """
     manifest = read_manifest(out)
+    left_out = _as_in_plan(plan, left_out)
+    names = sorted(relative(Path(path), out) for path in left_out)
     if manifest is None:
         parts = finished_parts(plan, out, left_out)
         merged = _merge_sources(plan, out, parts, workers)
-        manifest = _manifest(plan, out, parts, merged, sorted(left_out))
+        manifest = _manifest(plan, out, parts, merged, names)
         try:
             blend = _blend(out, manifest)
             read = {part.shard: part.shard_bytes for found in parts.values() for _, part in found}
@@ -84,7 +86,7 @@ def merge_corpus(
             put_json(out / MANIFEST, manifest)
         except OSError as error:
             raise DataError(f"{out}: cannot be written: {error}") from error
-    elif sorted(left_out) != manifest["left_out"]:
+    elif names != manifest["left_out"]:
         raise DataError(
             f"{out}: is complete, merged without {manifest['left_out'] or 'leaving out any shard'}"
             "\n  remedy:  begin in a new folder"
@@ -92,6 +94,14 @@ def merge_corpus(
     if not keep_parts:
         shutil.rmtree(out / PARTS, ignore_errors=True)
     return manifest
+
+
+def _as_in_plan(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """The plan's names of shards; a path that is no shard's stays as it is."""
+    if not paths:
+        return []  # without a look at every shard
+    names = {Path(shard.path).resolve(): shard.path for shard in plan.shards}
+    return [names.get(Path(path).resolve(), path) for path in paths]
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ class Shard:
     Attributes:
         index: place in the corpus.
         source: name of its source.
-        path: as the recipe leads to it.
+        path: as the recipe leads to it, absolute: the merge may be called from another folder.
         bytes: size when the plan was made; deals the shards to the nodes, and binds nothing: a
             damaged shard may be mended until it is tokenized.
     """
@@ -43,7 +43,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What an ``Encoder`` says of itself, and the recipe's word for it."""
+    """What an ``Encoder`` says of itself, and the recipe's word for it.
+
+    ``location`` is absolute, as the paths of shards are.
+    """
 
     spec: str
     name: str
@@ -184,7 +187,8 @@ def find_shards(recipe: Recipe) -> list[Shard]:
                     "  remedy:  take it out of one of them"
                 )
             owner[real] = source.name
-            shards.append(Shard(len(shards), source.name, str(path), path.stat().st_size))
+            size = path.stat().st_size
+            shards.append(Shard(len(shards), source.name, str(path.absolute()), size))
     return shards
 
 
@@ -234,7 +238,7 @@ def _look_at_tokenizer(spec: str, encoder: Encoder, folder: Path) -> TokenizerFa
     return TokenizerFacts(
         spec=spec,
         name=encoder.name,
-        location=None if encoder.path is None else str(encoder.path),
+        location=None if encoder.path is None else str(encoder.path.absolute()),
         sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
         eod=encoder.eod,
