@@ -102,6 +102,23 @@ def test_killed_at_20_random_points_and_resumed_it_gives_the_same_bytes(quick_di
         shutil.rmtree(out)
 
 
+def test_drafts_of_a_call_that_was_killed_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sources(tmp_path / "in", documents=5)
+    made = recipe(tmp_path / "in")
+    build(made, tmp_path / "whole")
+    with monkeypatch.context() as killed:
+        for owner, name in ((Path, "replace"), (Path, "unlink")):
+            killed.setattr(owner, name, lambda *arguments, **options: None)
+        killed.setattr(os, "link", lambda *arguments: None)
+        with pytest.raises(DataError):
+            open_plan(made, tmp_path / "out")
+    assert list((tmp_path / "out").glob(".*"))
+    build(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def kill_group(process: subprocess.Popen[bytes], after: float) -> None:
     time.sleep(after)
     with contextlib.suppress(ProcessLookupError):

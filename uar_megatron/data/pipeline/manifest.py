@@ -93,6 +93,8 @@ def merge_corpus(
         )
     if not keep_parts:
         shutil.rmtree(out / PARTS, ignore_errors=True)
+        for draft in out.glob(".*.tmp"):  # of calls that were killed
+            draft.unlink(missing_ok=True)
     return manifest
 
 

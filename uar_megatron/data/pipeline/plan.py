@@ -262,7 +262,7 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 def _write_once(path: Path, content: dict[str, Any]) -> None:
     """Write the plan unless there is one: of several nodes that begin together, one wins."""
-    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     put_json(draft, content)
     try:
         os.link(draft, path)
