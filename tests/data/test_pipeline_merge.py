@@ -150,6 +150,22 @@ def test_the_bytes_do_not_depend_on_the_folder_that_the_merge_is_called_from(
     assert all((tmp_path / "there" / path).exists() for path in paths)
 
 
+def test_a_corpus_that_was_moved_is_told_where_it_is(tmp_path: Path) -> None:
+    put_sources(tmp_path / "in")
+    made = recipe(tmp_path / "in", validation={"fraction": 0.2})
+    build(made, tmp_path / "old")
+    before = contents(tmp_path / "old")
+    new = (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(DataError, match=r"new/blend\.json: is not the blend of .*\n  remedy:"):
+        verify_corpus(new)
+    merge_corpus(open_plan(made, new), new)
+    verify_corpus(new)
+    assert contents(new) == before
+    (new / "data.yaml").unlink()
+    with pytest.raises(DataError, match=r"new/data\.yaml: is not the blend of"):
+        verify_corpus(new)
+
+
 def test_weights_of_the_recipe_and_shares_that_are_not_as_published(tmp_path: Path) -> None:
     put_sources(tmp_path / "in")
     sources = [
