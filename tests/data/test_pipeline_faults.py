@@ -112,6 +112,7 @@ def test_drafts_of_a_call_that_was_killed_do_not_stay(
         for owner, name in ((Path, "replace"), (Path, "unlink")):
             killed.setattr(owner, name, lambda *arguments, **options: None)
         killed.setattr(os, "link", lambda *arguments: None)
+        killed.setattr(os, "getpid", lambda: 1)
         with pytest.raises(DataError):
             open_plan(made, tmp_path / "out")
     assert list((tmp_path / "out").glob(".*"))
