@@ -139,6 +139,20 @@ def test_patterns_and_files_named_twice(tmp_path: Path) -> None:
     assert find_files([c, str(tmp_path / "b" / "b*"), tmp_path, a]) == [c, b, a]
 
 
+def test_a_pattern_takes_no_file_of_another_kind(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    text, lines = put(root / "a.txt.gz"), put(root / "b" / "c.json")
+    assert find_files([str(root / "*"), str(root / "b" / "*")]) == [text, lines]
+    array, other = put(root / "a.npy"), put(root / "b.csv.gz")
+    known = r"text \(\.txt, .*\.jsonl, \.ndjson, \.json; each also with \.gz or \.zst\)\n  remedy: "
+    with pytest.raises(DataError, match=rf"a\.npy: matches .*/in/\*, and is no {known}"):
+        find_files([str(root / "*")])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: matches .*, and is no \.npy\n  remedy: "):
+        find_files([str(root / "*")], ".npy")
+    assert find_files([str(root / "*.npy")], ".npy") == [array]
+    assert find_files([other, root]) == [other, text]
+
+
 def test_linked_folders_are_searched_once_and_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "in"
     files = [put(root / "a.txt"), put(tmp_path / "elsewhere" / "deep" / "b.txt")]

@@ -19,6 +19,7 @@ from uar_megatron.errors import DataError
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSIONS = (".gz", ".zst")
+_KNOWN = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
 _BOM = "\ufeff"
 _COPY_BYTES = 1 << 20
 
@@ -100,11 +101,13 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
     """Expand files, folders and glob patterns to a list of files, each real file once.
 
     Args:
-        inputs: what to look for. Folders are searched recursively, through links too.
-        suffix: of the files taken from folders; ``None`` takes text and JSON lines.
+        inputs: what to look for. Folders are searched recursively, through links too. A file that
+            is named itself may have any suffix.
+        suffix: of the files taken from folders and patterns; ``None`` takes text and JSON lines.
 
     Raises:
-        DataError: an input does not exist or yields no file, or a link leads nowhere.
+        DataError: an input does not exist or yields no file, a link leads nowhere, or a pattern
+            matches a file of another kind.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -115,16 +118,31 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]
             if not matches:
                 raise DataError(f"{given}: no such file, folder or match for the pattern")
+            _refuse_other_kinds(matches, suffix, str(given))
         files = [file for match in matches for file in _files_below(match, suffix)]
         if not files:
-            known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES[:2]))
-            wanted = suffix or f"text ({known}; each also with .gz or .zst)"
-            raise DataError(f"{given}: holds no {wanted}")
+            raise DataError(f"{given}: holds no {_wanted(JSON_SUFFIXES[:2], suffix)}")
         for file in files:
             found.setdefault(file.resolve(), file)
     if not found:
         raise DataError("no input files were given")
     return list(found.values())
+
+
+def _refuse_other_kinds(matches: Sequence[Path], suffix: str | None, pattern: str) -> None:
+    """Only who names a file can know that it is text, whatever its suffix."""
+    for path in matches:
+        known = path.suffix == suffix if suffix else _bare_suffix(path) in _KNOWN
+        if path.is_file() and not known:
+            raise DataError(
+                f"{path}: matches {pattern}, and is no {_wanted(JSON_SUFFIXES, suffix)}\n"
+                "  remedy:  narrow the pattern, or name the file itself"
+            )
+
+
+def _wanted(json_suffixes: Sequence[str], suffix: str | None) -> str:
+    known = ", ".join((*TEXT_SUFFIXES, *json_suffixes))
+    return suffix or f"text ({known}; each also with .gz or .zst)"
 
 
 def _files_below(path: Path, suffix: str | None) -> list[Path]:
@@ -163,7 +181,7 @@ def _is_corpus_file(path: Path, suffix: str | None) -> bool:
     if suffix is not None:
         return path.suffix == suffix
     # A lone .json in a folder is more often metadata (our own sidecar for one) than JSON lines.
-    return path.suffix != ".json" and _bare_suffix(path) in (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+    return path.suffix != ".json" and _bare_suffix(path) in _KNOWN
 
 
 def _bare_suffix(path: Path) -> str:
