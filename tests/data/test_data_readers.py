@@ -71,6 +71,17 @@ def test_text_is_kept_to_the_byte_but_for_the_byte_order_mark(
     assert list(DocumentReader([path])) == ["\ufeffa"]
 
 
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n--.\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_separator_splits_lines_however_they_end(
+    end: str, separator: str, tmp_path: Path
+) -> None:
+    between = separator.replace("\r\n", "\n").replace("\n", end)
+    parts = [f"one{end}two", f"1{end}--x{end}2", "three\r"]
+    path = put(tmp_path / "a.txt", between.join(parts).encode())
+    assert list(DocumentReader([path], separator=separator)) == parts
+
+
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
 def test_compressed_data_cut_short_or_damaged(compression: str, kind: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ class DocumentReader:
     Args:
         inputs: see :func:`find_files`.
         json_field: the field of a JSON line that holds the text.
-        separator: splits each text file into several documents where it occurs; ``None`` keeps
-            one document per file.
+        separator: splits each text file into several documents where it occurs, its ends of
+            lines as LF or as CR LF; ``None`` keeps one document per file.
 
     Attributes:
         files: the files that will be read, each once.
@@ -94,7 +95,12 @@ def read_documents(
     if separator is None:
         yield text
     else:
-        yield from text.split(separator)
+        yield from re.split(_pattern(separator), text)
+
+
+def _pattern(separator: str) -> str:
+    """Text from Windows would else be one document, without a word."""
+    return r"\r?\n".join(map(re.escape, separator.replace("\r\n", "\n").split("\n")))
 
 
 def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[Path]:

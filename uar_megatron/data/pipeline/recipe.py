@@ -33,7 +33,8 @@ class Source(Section):
     json_field: str = "text"
     """Of each JSON line: the text."""
     separator: Annotated[str, Field(min_length=1)] | None = None
-    """Splits each text file into documents; without it a file is one."""
+    """Splits each text file into documents, an end of line in it as LF or as CR LF; without it a
+    file is one."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """In the blend; without it the counted tokens are. All sources have one, or none."""
     expected_share: _Share | None = None
