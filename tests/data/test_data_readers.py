@@ -71,6 +71,17 @@ def test_text_is_kept_to_the_byte_but_for_the_byte_order_mark(
     assert list(DocumentReader([path])) == ["\ufeffa"]
 
 
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n--.\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_separator_splits_lines_however_they_end(
+    end: str, separator: str, tmp_path: Path
+) -> None:
+    between = separator.replace("\r\n", "\n").replace("\n", end)
+    parts = [f"one{end}two", f"1{end}--x{end}2", "three\r"]
+    path = put(tmp_path / "a.txt", between.join(parts).encode())
+    assert list(DocumentReader([path], separator=separator)) == parts
+
+
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
 def test_compressed_data_cut_short_or_damaged(compression: str, kind: str, tmp_path: Path) -> None:
@@ -137,6 +148,39 @@ def test_patterns_and_files_named_twice(tmp_path: Path) -> None:
     (tmp_path / "b" / "link.txt").symlink_to(a)
     assert find_files([str(tmp_path / "**" / "*.txt")]) == [a, b]
     assert find_files([c, str(tmp_path / "b" / "b*"), tmp_path, a]) == [c, b, a]
+
+
+def test_a_pattern_takes_no_file_of_another_kind(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    text, lines = put(root / "a.txt.gz"), put(root / "b" / "c.json")
+    assert find_files([str(root / "*"), str(root / "b" / "*")]) == [text, lines]
+    array, other = put(root / "a.npy"), put(root / "b.csv.gz")
+    known = r"text \(\.txt, .*\.jsonl, \.ndjson, \.json; each also with \.gz or \.zst\)\n  remedy: "
+    with pytest.raises(DataError, match=rf"a\.npy: matches .*/in/\*, and is no {known}"):
+        find_files([str(root / "*")])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: matches .*, and is no \.npy\n  remedy: "):
+        find_files([str(root / "*")], ".npy")
+    assert find_files([str(root / "*.npy")], ".npy") == [array]
+    assert find_files([other, root]) == [other, text]
+
+
+def test_linked_folders_are_searched_once_and_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    files = [put(root / "a.txt"), put(tmp_path / "elsewhere" / "deep" / "b.txt")]
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "twice").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)  # without end
+    found = find_files([root])
+    assert found == [root / "a.txt", root / "linked" / "deep" / "b.txt"]
+    assert [file.resolve() for file in find_files([str(root / "**" / "*.txt")])] == files
+    for name in ("gone.txt", "gone"):
+        link = root / "linked" / name
+        link.symlink_to(tmp_path / "nowhere")
+        for source in (root, str(root / "linked" / "g*"), link):
+            with pytest.raises(DataError, match=rf"{name}: a link that leads nowhere.*\n  remedy:"):
+                find_files([source])
+        link.rename(root / "linked" / ".hidden")
+        assert find_files([root]) == found
 
 
 def test_inputs_that_give_nothing(tmp_path: Path) -> None:

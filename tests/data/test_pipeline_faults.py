@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -101,6 +102,24 @@ def test_killed_at_20_random_points_and_resumed_it_gives_the_same_bytes(quick_di
         shutil.rmtree(out)
 
 
+def test_drafts_of_a_call_that_was_killed_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sources(tmp_path / "in", documents=5)
+    made = recipe(tmp_path / "in")
+    build(made, tmp_path / "whole")
+    with monkeypatch.context() as killed:
+        for owner, name in ((Path, "replace"), (Path, "unlink")):
+            killed.setattr(owner, name, lambda *arguments, **options: None)
+        killed.setattr(os, "link", lambda *arguments: None)
+        killed.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(DataError):
+            open_plan(made, tmp_path / "out")
+    assert list((tmp_path / "out").glob(".*"))
+    build(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def kill_group(process: subprocess.Popen[bytes], after: float) -> None:
     time.sleep(after)
     with contextlib.suppress(ProcessLookupError):
@@ -170,6 +189,11 @@ DAMAGES: dict[str, tuple[str, bytes, str]] = {
         np.array([1, 257, EOD], "uint16").tobytes(),
         "id 257 at token 1 ",
     ),
+    "no end": (
+        "x.npy",
+        np.array([1, 2, 3], "uint32").tobytes(),
+        f"none of its 6 ids of uint16 is {EOD}, which ends a document",
+    ),
     "numpy header": ("x.npy", b"\x93NUMPY\x01\0" + b"\0" * 90, "begins with numpy's header"),
 }
 
@@ -202,6 +226,20 @@ def test_a_damaged_shard_is_named_and_the_rest_is_kept(damage: str, tmp_path: Pa
         merge_corpus(open_plan(made, out), out)
     assert message in str(refused.value)
     assert not (out / "manifest.json").exists()
+
+
+def test_a_type_too_small_for_the_tokenizer_is_refused_at_once(
+    tiktoken: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    np.array([1, 2, 3], "uint16").tofile(tmp_path / "a.npy")
+    vocabulary = tiktoken([f"{i:05}" for i in range(2**16 - 256 - 1000 + 1)])
+    sources = [{"name": "a", "paths": ["a.npy"], "tokens": "uint16"}]
+    made = recipe(tmp_path, sources=sources, tokenizer=f"tiktoken:{vocabulary}")
+    with pytest.raises(DataError, match="source a: tokens: uint16 does not hold the 65537 ids"):
+        open_plan(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    sources[0]["tokens"] = "uint32"
+    open_plan(recipe(tmp_path, sources=sources, tokenizer=made.tokenizer), tmp_path / "out")
 
 
 def test_a_damaged_shard_is_mended(tmp_path: Path) -> None:
@@ -251,7 +289,7 @@ def test_shards_are_left_out_only_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--leave-out other: no such shard"):
         merge_corpus(plan, out, ["other"])
     manifest = merge_corpus(plan, out, [str(bad)])
-    assert manifest["left_out"] == [str(bad)]
+    assert manifest["left_out"] == ["../in/web/9.jsonl"]
     assert as_text(out / "web") == kept["web"]
     with pytest.raises(DataError, match="is complete, merged without"):
         merge_corpus(plan, out)
@@ -298,6 +336,37 @@ def test_a_part_that_has_changed_is_found(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"000001"):
             merge_corpus(plan, out)
         assert not (out / "web_train.idx").exists()
+
+
+@pytest.mark.parametrize("command", ["build", "tokenize", "merge", "verify"])
+def test_a_folder_that_holds_no_corpus_or_can_hold_none(command: str, tmp_path: Path) -> None:
+    put_shard(tmp_path / "in" / "web" / "0.jsonl", ["one"])
+    (tmp_path / "r.yaml").write_text(
+        f"tokenizer: bytes\nroot: {tmp_path / 'in'}\nsources: [{{name: web, paths: [web]}}]\n"
+    )
+
+    def refused(out: Path) -> str:
+        words = ["corpus", command, str(tmp_path / "r.yaml"), "-o", str(out)]
+        result = CliRunner().invoke(app, words)
+        assert isinstance(result.exception, DataError)  # main() makes it exit code 2
+        return str(result.exception)
+
+    (tmp_path / "file").touch()
+    begins = command in ("build", "tokenize")
+    words = "a corpus cannot be begun there: .*\n  remedy: " if begins else "holds no corpus .*\n"
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        assert re.match(f"{out}: {words}", refused(out))
+    if not begins:
+        assert "`uar corpus build` and `tokenize` begin one" in refused(tmp_path / "mistyped")
+        assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_pattern_that_matches_a_link_to_nothing(tmp_path: Path) -> None:
+    put_sources(tmp_path / "in")
+    (tmp_path / "in" / "web" / "9.jsonl").symlink_to("nowhere")
+    sources = [{"name": "web", "paths": ["web/*.jsonl"]}]
+    with pytest.raises(DataError, match=r"9\.jsonl: a link that leads nowhere \(to nowhere\)"):
+        open_plan(recipe(tmp_path / "in", sources=sources), tmp_path / "out")
 
 
 def test_two_processes_on_one_shard(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,48 @@ def test_what_only_the_merge_follows_may_change_until_it_is_complete(tmp_path: P
     tokenize_share(open_plan(begun, tmp_path / "new"), tmp_path / "new", 0, 2, progress=False)
     with pytest.raises(DataError, match="another recipe; different: validation"):
         open_plan(recipe(tmp_path / "in"), tmp_path / "new")
+
+
+def test_the_bytes_do_not_depend_on_the_folder_that_the_merge_is_called_from(
+    bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sources(tmp_path / "in")
+    (tmp_path / "other").mkdir()
+    tokenizer = os.path.relpath(bpe, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made = recipe(Path("in"), tokenizer=f"hf:{tokenizer}")
+    bad = "in/code/0.jsonl"
+    for out, merged_from in (("here", tmp_path), ("there", tmp_path / "other")):
+        monkeypatch.chdir(tmp_path)
+        plan = open_plan(made, Path(out))
+        tokenize_share(plan, Path(out), progress=False)
+        monkeypatch.chdir(merged_from)
+        folder, shard = (Path(os.path.relpath(tmp_path / name)) for name in (out, bad))
+        merge_corpus(plan, folder, [str(shard)])
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    manifest = json.loads((tmp_path / "there" / "manifest.json").read_text())
+    assert manifest["left_out"] == [f"../{bad}"]
+    for source in manifest["sources"].values():
+        assert all((tmp_path / "there" / shard["shard"]).exists() for shard in source["shards"])
+    told = json.loads((tmp_path / "there" / "web.json").read_text())
+    paths = [told["tokenizer"]["path"], *(file["path"] for file in told["sources"])]
+    assert all((tmp_path / "there" / path).exists() for path in paths)
+
+
+def test_a_corpus_that_was_moved_is_told_where_it_is(tmp_path: Path) -> None:
+    put_sources(tmp_path / "in")
+    made = recipe(tmp_path / "in", validation={"fraction": 0.2})
+    build(made, tmp_path / "old")
+    before = contents(tmp_path / "old")
+    new = (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(DataError, match=r"new/blend\.json: is not the blend of .*\n  remedy:"):
+        verify_corpus(new)
+    merge_corpus(open_plan(made, new), new)
+    verify_corpus(new)
+    assert contents(new) == before
+    (new / "data.yaml").unlink()
+    with pytest.raises(DataError, match=r"new/data\.yaml: is not the blend of"):
+        verify_corpus(new)
 
 
 def test_weights_of_the_recipe_and_shares_that_are_not_as_published(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from uar_megatron.errors import DataError
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSIONS = (".gz", ".zst")
+_KNOWN = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
 _BOM = "\ufeff"
 _COPY_BYTES = 1 << 20
 
@@ -27,10 +29,10 @@ class DocumentReader:
     """Iterates over the documents of files, folders and glob patterns, always in the same order.
 
     Args:
-        inputs: files, folders (searched recursively for known suffixes) and glob patterns.
+        inputs: see :func:`find_files`.
         json_field: the field of a JSON line that holds the text.
-        separator: splits each text file into several documents where it occurs; ``None`` keeps
-            one document per file.
+        separator: splits each text file into several documents where it occurs, its ends of
+            lines as LF or as CR LF; ``None`` keeps one document per file.
 
     Attributes:
         files: the files that will be read, each once.
@@ -38,7 +40,7 @@ class DocumentReader:
         bytes_read: how much of it has been consumed so far, for a progress bar.
 
     Raises:
-        DataError: an input does not exist, or matches nothing.
+        DataError: an input does not exist, cannot be read, or matches nothing.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class DocumentReader:
         try:
             self.files = find_files(inputs)
             self.bytes_total = sum(path.stat().st_size for path in self.files)
-        except OSError as error:  # a dangling link, a folder without permission
+        except OSError as error:  # a folder without permission
             raise DataError(f"an input cannot be read: {error}") from error
         self.bytes_read = 0
         self._json_field = json_field
@@ -93,18 +95,25 @@ def read_documents(
     if separator is None:
         yield text
     else:
-        yield from text.split(separator)
+        yield from re.split(_pattern(separator), text)
+
+
+def _pattern(separator: str) -> str:
+    """Text from Windows would else be one document, without a word."""
+    return r"\r?\n".join(map(re.escape, separator.replace("\r\n", "\n").split("\n")))
 
 
 def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each real file once.
 
     Args:
-        inputs: what to look for.
-        suffix: of the files taken from folders; ``None`` takes text and JSON lines.
+        inputs: what to look for. Folders are searched recursively, through links too. A file that
+            is named itself may have any suffix.
+        suffix: of the files taken from folders and patterns; ``None`` takes text and JSON lines.
 
     Raises:
-        DataError: an input does not exist or yields no file.
+        DataError: an input does not exist or yields no file, a link leads nowhere, or a pattern
+            matches a file of another kind.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -115,11 +124,10 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]
             if not matches:
                 raise DataError(f"{given}: no such file, folder or match for the pattern")
+            _refuse_other_kinds(matches, suffix, str(given))
         files = [file for match in matches for file in _files_below(match, suffix)]
         if not files:
-            known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES[:2]))
-            wanted = suffix or f"text ({known}; each also with .gz or .zst)"
-            raise DataError(f"{given}: holds no {wanted}")
+            raise DataError(f"{given}: holds no {_wanted(JSON_SUFFIXES[:2], suffix)}")
         for file in files:
             found.setdefault(file.resolve(), file)
     if not found:
@@ -127,21 +135,59 @@ def find_files(inputs: Sequence[str | Path], suffix: str | None = None) -> list[
     return list(found.values())
 
 
+def _refuse_other_kinds(matches: Sequence[Path], suffix: str | None, pattern: str) -> None:
+    """Only who names a file can know that it is text, whatever its suffix."""
+    for path in matches:
+        known = path.suffix == suffix if suffix else _bare_suffix(path) in _KNOWN
+        if path.is_file() and not known:
+            raise DataError(
+                f"{path}: matches {pattern}, and is no {_wanted(JSON_SUFFIXES, suffix)}\n"
+                "  remedy:  narrow the pattern, or name the file itself"
+            )
+
+
+def _wanted(json_suffixes: Sequence[str], suffix: str | None) -> str:
+    known = ", ".join((*TEXT_SUFFIXES, *json_suffixes))
+    return suffix or f"text ({known}; each also with .gz or .zst)"
+
+
 def _files_below(path: Path, suffix: str | None) -> list[Path]:
     if not path.is_dir():
+        _refuse_dangling(path)
         return [path]
-    return sorted(
-        p for p in path.rglob("*") if p.is_file() and _is_corpus_file(p.relative_to(path), suffix)
-    )
+    found: list[Path] = []
+    visited: set[Path] = set()  # links may lead back to where they are
+    for folder, folders, names in path.walk(on_error=_raise, follow_symlinks=True):
+        if folder.resolve() in visited:
+            folders.clear()
+            continue
+        visited.add(folder.resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (folder / name for name in names if not name.startswith(".")):
+            _refuse_dangling(file)  # whatever its suffix: it may have led to a folder
+            if file.is_file() and _is_corpus_file(file, suffix):
+                found.append(file)
+    return sorted(found)
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path}: a link that leads nowhere (to {path.readlink()})\n"
+            "  remedy:  bring back what it leads to, or remove it"
+        )
+
+
+def _raise(error: OSError) -> None:
+    """What cannot be searched is no empty folder."""
+    raise error
 
 
 def _is_corpus_file(path: Path, suffix: str | None) -> bool:
-    if any(part.startswith(".") for part in path.parts):
-        return False
     if suffix is not None:
         return path.suffix == suffix
     # A lone .json in a folder is more often metadata (our own sidecar for one) than JSON lines.
-    return path.suffix != ".json" and _bare_suffix(path) in (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+    return path.suffix != ".json" and _bare_suffix(path) in _KNOWN
 
 
 def _bare_suffix(path: Path) -> str:

@@ -38,8 +38,9 @@ def build(
 ) -> None:
     """Tokenize and merge on this node. Given again after a kill, it goes on."""
     from uar_megatron.data.pipeline.manifest import build_corpus
+    from uar_megatron.data.pipeline.plan import open_plan
 
-    plan = _plan(recipe, overrides, output)
+    plan = open_plan(_recipe(recipe, overrides), output)
     _report(build_corpus(plan, output, _usable(workers), progress), output)
 
 
@@ -57,9 +58,10 @@ def tokenize(
 
     Start it once for every --node from 0 to --nodes - 1, in any order or together.
     """
+    from uar_megatron.data.pipeline.plan import open_plan
     from uar_megatron.data.pipeline.share import tokenize_share
 
-    plan = _plan(recipe, overrides, output)
+    plan = open_plan(_recipe(recipe, overrides), output)
     done = tokenize_share(plan, output, node, nodes, _usable(workers), progress)
     typer.echo(f"{output}: node {node} of {nodes}: {done} shards tokenized now")
 
@@ -80,8 +82,9 @@ def merge(
 ) -> None:
     """Join what the nodes tokenized: datasets, manifest.json, blend.json and data.yaml."""
     from uar_megatron.data.pipeline.manifest import merge_corpus
+    from uar_megatron.data.pipeline.plan import follow_plan
 
-    plan = _plan(recipe, overrides, output)
+    plan = follow_plan(_recipe(recipe, overrides), output)
     manifest = merge_corpus(plan, output, leave_out or [], keep_parts, _usable(workers))
     _report(manifest, output)
 
@@ -94,19 +97,19 @@ def verify(
 ) -> None:
     """Compare a corpus with its checksums and recipe, and read it as Megatron does."""
     from uar_megatron.data.pipeline.manifest import verify_corpus
+    from uar_megatron.data.pipeline.plan import follow_plan
 
-    _plan(recipe, overrides, output)
+    follow_plan(_recipe(recipe, overrides), output)
     _report(verify_corpus(output), output)
     typer.echo(f"{output}: verified")
 
 
-def _plan(recipe: Path, overrides: list[str] | None, output: Path) -> Any:
-    from uar_megatron.data.pipeline.plan import open_plan
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
     from uar_megatron.data.pipeline.recipe import load_recipe
 
     # A process is a core's worth of work; threads of the library below it would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return open_plan(load_recipe(recipe, overrides or []), output)
+    return load_recipe(path, overrides or [])
 
 
 def _usable(workers: int | None) -> int:

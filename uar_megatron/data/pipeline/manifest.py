@@ -57,6 +57,8 @@ def merge_corpus(
 ) -> dict[str, Any]:
     """Join the parts of all sources; the manifest, written last, says that the corpus is complete.
 
+    Of a complete corpus the blend's files are written again where it has been moved.
+
     Args:
         plan: of the corpus.
         out: its folder.
@@ -71,27 +73,39 @@ def merge_corpus(
         DataError: a shard is not tokenized, a part is damaged, or a file cannot be written.
     """
     manifest = read_manifest(out)
-    if manifest is None:
-        parts = finished_parts(plan, out, left_out)
-        merged = _merge_sources(plan, out, parts, workers)
-        manifest = _manifest(plan, out, parts, merged, sorted(left_out))
-        try:
-            blend = _blend(out, manifest)
-            read = {part.shard: part.shard_bytes for found in parts.values() for _, part in found}
-            rewrite_plan(plan, out, read)
-            put_json(out / BLEND, blend)
-            put_text(out / GROUP, _group(plan, blend))
-            put_json(out / MANIFEST, manifest)
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written: {error}") from error
-    elif sorted(left_out) != manifest["left_out"]:
+    left_out = _as_in_plan(plan, left_out)
+    names = sorted(relative(Path(path), out) for path in left_out)
+    if manifest is not None and names != manifest["left_out"]:
         raise DataError(
             f"{out}: is complete, merged without {manifest['left_out'] or 'leaving out any shard'}"
             "\n  remedy:  begin in a new folder"
         )
+    try:
+        if manifest is None:
+            parts = finished_parts(plan, out, left_out)
+            merged = _merge_sources(plan, out, parts, workers)
+            manifest = _manifest(plan, out, parts, merged, names)
+            read = {part.shard: part.shard_bytes for found in parts.values() for _, part in found}
+            rewrite_plan(plan, out, read)
+            _put_blend(plan, out, manifest)
+            put_json(out / MANIFEST, manifest)
+        else:
+            _put_blend(plan, out, manifest)  # the folder may have been moved
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error}") from error
     if not keep_parts:
         shutil.rmtree(out / PARTS, ignore_errors=True)
+        for draft in out.glob(".*.tmp"):  # of calls that were killed
+            draft.unlink(missing_ok=True)
     return manifest
+
+
+def _as_in_plan(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """The plan's names of shards; a path that is no shard's stays as it is."""
+    if not paths:
+        return []  # without a look at every shard
+    names = {Path(shard.path).resolve(): shard.path for shard in plan.shards}
+    return [names.get(Path(path).resolve(), path) for path in paths]
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
@@ -179,6 +193,18 @@ def _manifest(
     return manifest
 
 
+def _put_blend(plan: Plan, out: Path, manifest: dict[str, Any]) -> None:
+    for path, text in _blend_files(plan, out, manifest).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            put_text(path, text)
+
+
+def _blend_files(plan: Plan, out: Path, manifest: dict[str, Any]) -> dict[Path, str]:
+    """What training reads of the corpus; the only files that say where it is."""
+    blend = _blend(out, manifest)
+    return {out / BLEND: json.dumps(blend, indent=1) + "\n", out / GROUP: _group(plan, blend)}
+
+
 def _blend(out: Path, manifest: dict[str, Any]) -> dict[str, list[str] | None]:
     """Weights and prefixes of each split, in the form of ``--per-split-data-args-path``."""
     blend: dict[str, list[str] | None] = {TRAIN: None, VALID: None, "test": None}
@@ -232,7 +258,8 @@ def verify_corpus(out: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        DataError: it is not complete, a file has changed, or a dataset cannot be read.
+        DataError: it is not complete, a file has changed, a dataset cannot be read, or the blend
+            is not of this folder.
     """
     from uar_megatron.data.readback import read_back
 
@@ -250,5 +277,11 @@ def verify_corpus(out: Path) -> dict[str, Any]:
             eod = plan.tokenizer.eod if plan.recipe.append_eod else None
             read_back(
                 out / one["name"], one["documents"], one["tokens"], plan.tokenizer.vocab_size, eod
+            )
+    for path, text in _blend_files(plan, out, manifest).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise DataError(
+                f"{path}: is not the blend of the datasets in {out.resolve()} (moved, or edited?)\n"
+                "  remedy:  `uar corpus merge` writes it again for where they are"
             )
     return manifest

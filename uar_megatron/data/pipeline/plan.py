@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uar_megatron.data.engines import ENGINES
 from uar_megatron.data.files import put_json, put_text
 from uar_megatron.data.pipeline.recipe import Recipe, Source, of_parts
 from uar_megatron.data.readers import find_files
-from uar_megatron.data.tokenizers import HuggingFaceEncoder, build_encoder, fingerprint
+from uar_megatron.data.tokenizers import Encoder, HuggingFaceEncoder, build_encoder, fingerprint
 from uar_megatron.errors import DataError
 
 PLAN, PARTS, MANIFEST = "plan.json", "parts", "manifest.json"
@@ -28,7 +30,7 @@ class Shard:
     Attributes:
         index: place in the corpus.
         source: name of its source.
-        path: as the recipe leads to it.
+        path: as the recipe leads to it, absolute: the merge may be called from another folder.
         bytes: size when the plan was made; deals the shards to the nodes, and binds nothing: a
             damaged shard may be mended until it is tokenized.
     """
@@ -41,7 +43,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What an ``Encoder`` says of itself, and the recipe's word for it."""
+    """What an ``Encoder`` says of itself, and the recipe's word for it.
+
+    ``location`` is absolute, as the paths of shards are.
+    """
 
     spec: str
     name: str
@@ -83,17 +88,42 @@ def open_plan(recipe: Recipe, out: Path) -> Plan:
 
     Raises:
         DataError: the folder's corpus has another recipe, tokenizer or other shards, or holds
-            something else; an input is missing.
+            something else, or cannot be written; an input is missing; a type of tokens is too
+            small for the tokenizer.
     """
-    path = out / PLAN
-    if path.exists():
-        return _follow(recipe, out)
-    _refuse_foreign_files(recipe, out)
-    shards = find_shards(recipe)
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
-    facts = _look_at_tokenizer(recipe.tokenizer, out / PARTS)
-    _write_once(path, _content(Plan(recipe, facts, tuple(shards))))
-    return _follow(recipe, out)  # another node may have been first
+    try:
+        if not (out / PLAN).exists():
+            _begin(recipe, out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: a corpus cannot be begun there: {error}\n"
+            "  remedy:  make that possible, or name another folder with -o"
+        ) from error
+    return follow_plan(recipe, out)  # another node may have been first
+
+
+def follow_plan(recipe: Recipe, out: Path) -> Plan:
+    """The plan that is in a folder, with the recipe given.
+
+    Raises:
+        DataError: there is none, or it is of another recipe, tokenizer or other shards.
+    """
+    plan = read_plan(out)
+
+    def refuse(what: str) -> DataError:
+        return DataError(
+            f"{out}: was begun with {what}\n"
+            "  remedy:  begin in a new folder, or remove this one to build it again"
+        )
+
+    look = Recipe.model_dump if (out / MANIFEST).exists() else of_parts
+    old, new = look(plan.recipe), look(recipe)
+    changed = [key for key in new if new[key] != old[key]]
+    if changed:
+        raise refuse(f"another recipe; different: {', '.join(changed)}")
+    if fingerprint(recipe.tokenizer) != plan.tokenizer.sha256:
+        raise refuse(f"another tokenizer than {recipe.tokenizer} is now")
+    return replace(plan, recipe=recipe)
 
 
 def rewrite_plan(plan: Plan, out: Path, sizes: Mapping[str, int]) -> None:
@@ -127,8 +157,13 @@ def read_plan(out: Path) -> Plan:
                 for shard in content["shards"]
             ),
         )
-    except FileNotFoundError as error:
-        raise DataError(f"{out}: holds no corpus (no {PLAN})") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{out}: holds no corpus (no {PLAN})\n"
+            "  remedy:  name its folder with -o; `uar corpus build` and `tokenize` begin one"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a corpus plan: {error!r}") from error
 
@@ -152,7 +187,8 @@ def find_shards(recipe: Recipe) -> list[Shard]:
                     "  remedy:  take it out of one of them"
                 )
             owner[real] = source.name
-            shards.append(Shard(len(shards), source.name, str(path), path.stat().st_size))
+            size = path.stat().st_size
+            shards.append(Shard(len(shards), source.name, str(path.absolute()), size))
     return shards
 
 
@@ -174,15 +210,35 @@ def assign(sizes: Sequence[int], nodes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _look_at_tokenizer(spec: str, folder: Path) -> TokenizerFacts:
-    """Load a tokenizer once; keep what workers need, so that they start without torch."""
-    encoder = build_encoder(spec)
+def _begin(recipe: Recipe, out: Path) -> None:
+    _refuse_foreign_files(recipe, out)
+    shards = find_shards(recipe)
+    encoder = build_encoder(recipe.tokenizer)
+    _refuse_narrow_tokens(recipe, encoder)
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    facts = _look_at_tokenizer(recipe.tokenizer, encoder, out / PARTS)
+    _write_once(out / PLAN, _content(Plan(recipe, facts, tuple(shards))))
+
+
+def _refuse_narrow_tokens(recipe: Recipe, encoder: Encoder) -> None:
+    """Raise DataError where ids of a source's type cannot be this tokenizer's."""
+    for source in recipe.sources:
+        if source.tokens and encoder.vocab_size - 1 > np.iinfo(source.tokens).max:
+            raise DataError(
+                f"source {source.name}: tokens: {source.tokens} does not hold the "
+                f"{encoder.vocab_size} ids of {recipe.tokenizer}\n"
+                "  remedy:  name the type and the tokenizer that its arrays were written with"
+            )
+
+
+def _look_at_tokenizer(spec: str, encoder: Encoder, folder: Path) -> TokenizerFacts:
+    """What the plan says of a tokenizer; keeps what workers need to start without torch."""
     if isinstance(encoder, HuggingFaceEncoder):
         put_text(folder / TOKENIZER, encoder.content)
     return TokenizerFacts(
         spec=spec,
         name=encoder.name,
-        location=None if encoder.path is None else str(encoder.path),
+        location=None if encoder.path is None else str(encoder.path.absolute()),
         sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
         eod=encoder.eod,
@@ -204,29 +260,9 @@ def _content(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _follow(recipe: Recipe, out: Path) -> Plan:
-    """The plan that is there, with the recipe given; refused if that is of another corpus."""
-    plan = read_plan(out)
-
-    def refuse(what: str) -> DataError:
-        return DataError(
-            f"{out}: was begun with {what}\n"
-            "  remedy:  begin in a new folder, or remove this one to build it again"
-        )
-
-    look = Recipe.model_dump if (out / MANIFEST).exists() else of_parts
-    old, new = look(plan.recipe), look(recipe)
-    changed = [key for key in new if new[key] != old[key]]
-    if changed:
-        raise refuse(f"another recipe; different: {', '.join(changed)}")
-    if fingerprint(recipe.tokenizer) != plan.tokenizer.sha256:
-        raise refuse(f"another tokenizer than {recipe.tokenizer} is now")
-    return replace(plan, recipe=recipe)
-
-
 def _write_once(path: Path, content: dict[str, Any]) -> None:
     """Write the plan unless there is one: of several nodes that begin together, one wins."""
-    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     put_json(draft, content)
     try:
         os.link(draft, path)

@@ -27,6 +27,9 @@ def token_batches(
     Ids after the last end are a document too (the tools that write such arrays fill files to a
     size); it gets an end like the others. Documents without a token are left out.
 
+    A file without any end is refused: no tool writes one, but read as another type, or with the
+    end of another tokenizer, every array looks like that.
+
     Args:
         path: names the file.
         raw: its bytes, read to their end; little-endian ids and nothing else.
@@ -37,10 +40,12 @@ def token_batches(
         key_of: gives a document's key from its ids (int32, without the end).
 
     Raises:
-        DataError: an id outside the vocabulary, half an id at the end, or numpy's own header.
+        DataError: an id outside the vocabulary, half an id at the end, numpy's own header, or ids
+            of which none ends a document.
     """
     size = np.dtype(dtype).itemsize
-    position, rest = 0, np.empty(0, dtype=np.int64)
+    position, ended = 0, False
+    rest: list[np.ndarray] = []
     for data in _blocks(raw, size):
         if position == 0 and data.startswith(_NUMPY_MAGIC):
             raise DataError(
@@ -61,14 +66,21 @@ def token_batches(
                 f"  remedy:  is it {dtype}, and of this tokenizer?"
             )
         position += ids.size
-        ids = np.concatenate((rest, ids))
-        last = np.flatnonzero(ids == eod)[-1:] + 1
-        whole = int(last[0]) if last.size else 0
-        rest = ids[whole:]
-        if whole:
-            yield _documents(ids[:whole], eod, append_eod, key_of)
-    if rest.size:
-        yield _documents(np.append(rest, eod), eod, append_eod, key_of)
+        ends = np.flatnonzero(ids == eod)
+        if not ends.size:
+            # Joined when an end comes: an array without one would be copied for every block.
+            rest.append(ids.astype(np.int32))
+            continue
+        ended, whole = True, int(ends[-1]) + 1
+        yield _documents(np.concatenate((*rest, ids[:whole])), eod, append_eod, key_of)
+        rest = [ids[whole:]]
+    if position and not ended:
+        raise DataError(
+            f"{path}: none of its {position} ids of {dtype} is {eod}, which ends a document\n"
+            "  remedy:  name the type (`tokens`) and the tokenizer that it was written with"
+        )
+    if any(ids.size for ids in rest):
+        yield _documents(np.concatenate((*rest, [eod])), eod, append_eod, key_of)
 
 
 def _blocks(raw: io.RawIOBase, size: int) -> Iterator[bytes]:

@@ -28,11 +28,13 @@ class Source(Section):
     """Files, folders (searched recursively) and glob patterns, relative to ``root``."""
     tokens: Literal["uint16", "uint32"] | None = None
     """The files are arrays of token ids of this type with an end-of-document id after every
-    document (``.npy`` of AI2's Dolma tools, without a header), not text."""
+    document (``.npy`` of AI2's Dolma tools, without a header), not text. A file in which no id
+    ends a document is refused: its type or its tokenizer is another."""
     json_field: str = "text"
     """Of each JSON line: the text."""
     separator: Annotated[str, Field(min_length=1)] | None = None
-    """Splits each text file into documents; without it a file is one."""
+    """Splits each text file into documents, an end of line in it as LF or as CR LF; without it a
+    file is one."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """In the blend; without it the counted tokens are. All sources have one, or none."""
     expected_share: _Share | None = None
