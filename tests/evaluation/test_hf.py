@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from evaluated_run import train
+from evaluated_run import instances, train
 from export_cases import opened
 
 from uar_megatron.export.source import read_checkpoint
@@ -99,3 +100,41 @@ def test_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             for name in names:
                 assert theirs[task][f"{name},none"] == metrics[task][f"{name},none"]
     assert len({round(logprob, 3) for logprob, _ in answers}) > 10
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, model_parallel: None) -> Iterator[list[Any]]:
+    """lm-eval's models, ours and `hf`, of a run whose tokenizer puts a BOS before every text."""
+    from lm_eval.models.huggingface import HFLM
+
+    from uar_megatron.evaluation.lm import UARMegatronLM
+
+    folder = tmp_path_factory.mktemp("bos")
+    run = train(folder / "trained", "make_vocab_size_divisible_by=1", has_bos=True)
+    export_model(read_checkpoint(run), folder / "hf")
+    arguments = {"trust_remote_code": True, "device": "cpu", "dtype": "float32"}
+    with opened(run) as model:
+        yield [UARMegatronLM(model=model), HFLM(str(folder / "hf"), **arguments)]
+
+
+@pytest.mark.slow
+def test_the_same_likelihoods_with_a_bos(both: list[Any]) -> None:
+    """It is the context of what has none, and not added where a text has it."""
+    ours, theirs = both
+    assert ours.prefix_token_id == theirs.prefix_token_id == 300 != ours.eot_token_id
+    texts = ["", "<s>", "the", "<s>the", " <s>the"]
+    for add in (None, False, True):
+        found, want = ([lm.tok_encode(text, add) for text in texts] for lm in both)
+        assert found == want
+    pairs = [("", " the text"), ("the", " text of"), (" ", " text"), ("<s>the", " text")]
+    long = "the text of a test " * 8
+    for kind, requests in (
+        ("loglikelihood", pairs),
+        ("loglikelihood_rolling", [("the text",), ("<s>the text",), (long,), (f"<s>{long}",)]),
+    ):
+        answers, others = (
+            [getattr(lm, kind)(instances(kind, [of]), disable_tqdm=True)[0] for of in requests]
+            for lm in both
+        )
+        for answer, other in zip(answers, others, strict=True):
+            assert answer == pytest.approx(other, abs=1e-4)
