@@ -138,3 +138,29 @@ def test_the_same_likelihoods_with_a_bos(both: list[Any]) -> None:
         )
         for answer, other in zip(answers, others, strict=True):
             assert answer == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_special_tokens_are_no_text(both: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they in answers; but they end them where a task says so."""
+    ours, theirs = both
+    requests = instances(
+        "generate_until",
+        [(p, {"until": [u], "max_gen_toks": 6}) for p in ("the text", "a") for u in ("<s>", "x")],
+    )
+    found, want = (lm.generate_until(requests, disable_tqdm=True) for lm in both)
+    assert found == want
+    encode, bos = ours.model.text.encode, ours.prefix_token_id
+    made = [bos, *encode(" of a", special_tokens=False), bos, *encode("é b.", special_tokens=False)]
+    monkeypatch.setattr("uar_megatron.evaluation.lm.continue_greedily", lambda *_: [made])
+
+    def answer(stop: str) -> str:
+        (found,) = ours.generate_until(
+            instances("generate_until", [("the", {"until": [stop]})]), disable_tqdm=True
+        )
+        return str(found)
+
+    assert answer("never") == theirs.tok_decode(made) == " of aé b."
+    assert answer("a<s>") == " of "
+    assert answer("<s>é") == answer("<s>é b") == " of a"
+    assert answer("<s>") == ""

@@ -132,7 +132,7 @@ class UARMegatronLM(TemplateLM):
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return self.model.text.decode(tokens)
+        return self.model.text.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -276,7 +276,16 @@ class UARMegatronLM(TemplateLM):
         for ids in continue_greedily(
             self.model, prompts, rooms, stops, [self.usage[owner] for owner in owners]
         ):
-            yield postprocess_generated_text(self.tok_decode(ids), stops, None)
+            yield self._answer(ids, stops)
+
+    def _answer(self, ids: list[int], stops: list[str]) -> str:
+        """The text before the first stop, without special tokens, which may be stops themselves."""
+        decode, end = self.model.text.decode, len(ids)
+        kept = postprocess_generated_text(decode(ids), stops, None)
+        while end and decode(ids[: end - 1]).startswith(kept):
+            end -= 1
+        begun = decode(ids[:end])[len(kept) :]  # a stop may begin within a token
+        return self.tok_decode(ids[:end]).removesuffix(begun)
 
     def _prompt(self, context: str, most: int) -> list[int]:
         """The ids of a context, with room in the window for what is generated.

@@ -55,11 +55,15 @@ class Text:
             return list(self._huggingface(text, add_special_tokens=False).input_ids)
         return [int(i) for i in self.tokenizer.tokenize(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids."""
         if self.tokenizer is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-        return str(self.tokenizer.detokenize([int(i) for i in ids]))
+        numbers = [int(i) for i in ids]
+        if skip_special_tokens and self._huggingface is not None:
+            # Megatron's wrapper would keep special tokens that have no role (BOS, EOS, …).
+            return str(self._huggingface.decode(numbers, skip_special_tokens=True))
+        return str(self.tokenizer.detokenize(numbers, skip_special_tokens=skip_special_tokens))
 
 
 class NoText(Text):
