@@ -85,6 +85,8 @@ def test_a_whole_evaluation_and_its_cache(
         ({"tasks": ("logiqa",), "data": None}, "logiqa: on no hub"),
         ({"data": Path("nothing")}, "piqa: nothing/piqa/validation.jsonl"),
         ({"shots": ("mmlu",)}, "TASK=NUMBER"),
+        ({"shots": ("mmlu=²",)}, "TASK=NUMBER"),
+        ({"cache": Path(__file__, "answers")}, "cache: cannot write to"),
         ({"shots": ("mmul=1",)}, "did you mean 'mmlu'"),
         ({"checkpoint": Path("nothing")}, "is no folder"),
         ({"data_paths": ("nothing",)}, "nothing.bin does not exist"),

@@ -247,5 +247,6 @@ def test_each_task_says_how_it_was_run(evaluated: dict[str, Any], model: Checkpo
 def test_bad_arguments_of_the_lm() -> None:
     with pytest.raises(ConfigError, match="checkpoint: none is named"):
         UARMegatronLM()
-    with pytest.raises(ConfigError, match="batch_size"):
-        UARMegatronLM(checkpoint="x", batch_size="many")
+    for size in ("many", "²"):
+        with pytest.raises(ConfigError, match="batch_size"):
+            UARMegatronLM(checkpoint="x", batch_size=size)

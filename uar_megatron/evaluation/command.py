@@ -71,6 +71,8 @@ def evaluate(options: EvalOptions) -> tuple[dict[str, Any], Path] | None:
     located = locate(options.checkpoint, options.config)
     output = options.output or _default_output(located)
     check_writable("output", output.parent)
+    if options.cache is not None:
+        check_writable("cache", options.cache.parent)
     ours, others = split_tasks(options)
     if options.tasks:
         check_lm_eval()
@@ -134,7 +136,7 @@ def numbers_of_shots(texts: Sequence[str]) -> dict[str, int]:
     shots = {}
     for text in texts:
         task, _, number = text.partition("=")
-        if not number.isdigit():
+        if not number.isdecimal():
             raise ConfigError("shots", f"{text!r}", allowed="TASK=NUMBER, e.g. mmlu=0")
         shots[task] = int(number)
     return shots

@@ -338,7 +338,7 @@ def _batch_size(batch_size: int | str) -> int:
     text = str(batch_size)
     if text.split(":")[0] == "auto":
         return 8
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError("batch_size", f"{batch_size!r}", allowed="1 or more, auto for 8")
     return int(text)
 
