@@ -34,9 +34,10 @@ CONFIG = (
 )
 
 
-def train(folder: Path, *overrides: str) -> Path:
+def train(folder: Path, *overrides: str, has_bos: bool = False) -> Path:
     """Train on one rank and return the run; :func:`recorded` is what its model says."""
-    tokenizer = build_tokenizer(folder / "tokenizer", ["the text of a test", "another text"])
+    texts = ["the text of a test", "another text"]
+    tokenizer = build_tokenizer(folder / "tokenizer", texts, has_bos=has_bos)
     rng = np.random.default_rng(0)
     write_data(folder / "data", [rng.integers(0, 256, 150) for _ in range(40)])
     sequences = [rng.integers(0, 256, n).tolist() for n in LENGTHS]
@@ -56,9 +57,14 @@ def recorded(run: Path) -> tuple[list[list[int]], list[dict[str, Any]]]:
     return record["sequences"], record["found"]
 
 
-def build_tokenizer(folder: Path, texts: list[str], size: int = 300) -> Path:
-    """A small byte-level BPE in HuggingFace's form; ``<|endoftext|>`` is its last token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def build_tokenizer(
+    folder: Path, texts: list[str], size: int = 300, *, has_bos: bool = False
+) -> Path:
+    """A small byte-level BPE in HuggingFace's form; ``<|endoftext|>`` is its last token.
+
+    With a BOS, ``<s>`` comes after it, and before every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -69,7 +75,14 @@ def build_tokenizer(folder: Path, texts: list[str], size: int = 300) -> Path:
     tokenizer.train_from_iterator(texts, trainer)
     for i in range(size - 1 - tokenizer.get_vocab_size()):
         tokenizer.add_tokens([f"word{i}"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    special = {"eos_token": "<|endoftext|>"}
+    if has_bos:
+        special["bos_token"] = "<s>"
+        tokenizer.add_special_tokens(list(special.values()))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", size)]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.save_pretrained(folder)
     return folder
 
@@ -116,3 +129,10 @@ def padded(rows: list[list[int]], is_left: bool = False) -> torch.Tensor:
     for b, row in enumerate(rows):
         tokens_BS[b, width - len(row) if is_left else 0 :][: len(row)] = torch.tensor(row)
     return tokens_BS
+
+
+def instances(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Requests of lm-eval, all of a task ``t``."""
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, i, metadata=("t", i, 1)) for i, args in enumerate(arguments)]

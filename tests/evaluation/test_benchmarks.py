@@ -194,6 +194,16 @@ def test_the_command_writes_them(tmp_path: Path) -> None:
     assert load_yaml(tmp_path / "tasks" / "mmlu_virology.yaml")["num_fewshot"] == 0
 
 
+def test_the_command_refuses_a_file_for_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "tasks"):
+        with pytest.raises(ConfigError, match="folder: cannot write to"):
+            CliRunner().invoke(
+                app, ["tasks", str(folder), "--tasks", "piqa"], catch_exceptions=False
+            )
+
+
 def test_torchrun_does_not_see_the_number_of_ranks() -> None:
     """It would take ``--nproc`` for an abbreviation, wherever it is."""
     words = ["eval", "run", "--nproc", "2", "--tasks", "uar", "--nproc=3"]

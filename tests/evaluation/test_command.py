@@ -85,6 +85,8 @@ def test_a_whole_evaluation_and_its_cache(
         ({"tasks": ("logiqa",), "data": None}, "logiqa: on no hub"),
         ({"data": Path("nothing")}, "piqa: nothing/piqa/validation.jsonl"),
         ({"shots": ("mmlu",)}, "TASK=NUMBER"),
+        ({"shots": ("mmlu=²",)}, "TASK=NUMBER"),
+        ({"cache": Path(__file__, "answers")}, "cache: cannot write to"),
         ({"shots": ("mmul=1",)}, "did you mean 'mmlu'"),
         ({"checkpoint": Path("nothing")}, "is no folder"),
         ({"data_paths": ("nothing",)}, "nothing.bin does not exist"),
@@ -175,6 +177,68 @@ def test_data_that_cannot_be_read_and_faults_of_the_model(
         patch.setattr("datasets.load_dataset", fail)
         with pytest.raises(DataError, match=r"cannot use the data in .*: RuntimeError\n"):
             run_piqa()
+
+
+PIQA = b'{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n'
+ARC = (
+    b'{"id": "%d", "question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, '
+    b'"answerKey": "%c"}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("piqa/validation", b"", "StopIteration"),
+        ("piqa/validation", PIQA.replace(b"sol2", b"sol3"), "ValueError"),
+        ("piqa/validation", PIQA + b'{"goal": "a", "so', "JSON"),
+        ("piqa/validation", PIQA.replace(b"b", b"\xff\xfe"), "UnicodeDecodeError"),
+        ("hellaswag/validation", b'{"ctx_a": "a", "ctx_b": "b", "label": "0"}\n', "KeyError"),
+        ("arc_easy/test", ARC % (1, b"A") + ARC % (2, b"E"), "ValueError: 'E'"),
+    ],
+    ids=["empty", "no field", "truncated", "no UTF-8", "no column", "a later document"],
+)
+def test_bad_data(
+    model: CheckpointModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: bytes,
+    why: str,
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / f"{file}.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    tasks = choose([path.parent.name], tmp_path, {"hellaswag": 0})
+    with pytest.raises(DataError, match=f"{tasks[0].name}: lm-eval cannot use the data in .*{why}"):
+        run_tasks(model, tasks, [], EvalOptions(Path("x"), data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "shots", "why"),
+    [
+        ("boolq", 4, "boolq: .*boolq/validation.jsonl has 4 examples for 4 shots\n  allowed: 5 or"),
+        ("hellaswag", 10, "remedy:  --shots hellaswag=3"),
+        ("mmlu", 3, "mmlu_virology: .*virology/dev.jsonl has 2 examples .*\n.*\n.*mmlu=2"),
+    ],
+)
+def test_too_few_examples(
+    model: CheckpointModel,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shots: int,
+    why: str,
+) -> None:
+    """One more is needed where they are of the split that is evaluated."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(data / "cache"))
+    options = EvalOptions(Path("x"), data=data, limit=1)
+    with pytest.raises(DataError, match=why) as error:
+        run_tasks(model, choose([name], data, {name: shots}), [], options)
+    allowed = int(str(error.value).rpartition("=")[2].split(",")[0])
+    found = run_tasks(model, choose([name], data, {name: allowed}), [], options)
+    assert found[name]["shots"] == allowed
 
 
 def test_metrics_of_several_filters() -> None:

@@ -83,7 +83,8 @@ def test_sampling() -> None:
     assert shares(Sampling(top_p=0.5)) == [0.0, 1.0, 0.0, 0.0]
     assert shares(Sampling(top_p=0.6)) == about(1 / 3, 2 / 3, 0.0, 0.0)
     assert shares(Sampling(temperature=2.0)) == about(0.26, 0.37, 0.18, 0.18)  # square roots
-    assert shares(Sampling(temperature=0.0)) == [0.0, 1.0, 0.0, 0.0]
+    for temperature in (0.0, 1e-309, 5e-324):
+        assert shares(Sampling(temperature=temperature)) == [0.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,8 @@ def test_sampling() -> None:
         ("temperature", {"temperature": float("nan")}),
         ("top_p", {"top_p": 0.0}),
         ("top_p", {"top_p": 1.5}),
+        ("seed", {"seed": 2**64}),
+        ("seed", {"seed": -(2**63) - 1}),
     ],
 )
 def test_bad_settings(field: str, settings: dict[str, float]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from evaluated_run import train
+from evaluated_run import instances, train
 from export_cases import opened
 
 from uar_megatron.export.source import read_checkpoint
@@ -99,3 +100,67 @@ def test_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             for name in names:
                 assert theirs[task][f"{name},none"] == metrics[task][f"{name},none"]
     assert len({round(logprob, 3) for logprob, _ in answers}) > 10
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, model_parallel: None) -> Iterator[list[Any]]:
+    """lm-eval's models, ours and `hf`, of a run whose tokenizer puts a BOS before every text."""
+    from lm_eval.models.huggingface import HFLM
+
+    from uar_megatron.evaluation.lm import UARMegatronLM
+
+    folder = tmp_path_factory.mktemp("bos")
+    run = train(folder / "trained", "make_vocab_size_divisible_by=1", has_bos=True)
+    export_model(read_checkpoint(run), folder / "hf")
+    arguments = {"trust_remote_code": True, "device": "cpu", "dtype": "float32"}
+    with opened(run) as model:
+        yield [UARMegatronLM(model=model), HFLM(str(folder / "hf"), **arguments)]
+
+
+@pytest.mark.slow
+def test_the_same_likelihoods_with_a_bos(both: list[Any]) -> None:
+    """It is the context of what has none, and not added where a text has it."""
+    ours, theirs = both
+    assert ours.prefix_token_id == theirs.prefix_token_id == 300 != ours.eot_token_id
+    texts = ["", "<s>", "the", "<s>the", " <s>the"]
+    for add in (None, False, True):
+        found, want = ([lm.tok_encode(text, add) for text in texts] for lm in both)
+        assert found == want
+    pairs = [("", " the text"), ("the", " text of"), (" ", " text"), ("<s>the", " text")]
+    long = "the text of a test " * 8
+    for kind, requests in (
+        ("loglikelihood", pairs),
+        ("loglikelihood_rolling", [("the text",), ("<s>the text",), (long,), (f"<s>{long}",)]),
+    ):
+        answers, others = (
+            [getattr(lm, kind)(instances(kind, [of]), disable_tqdm=True)[0] for of in requests]
+            for lm in both
+        )
+        for answer, other in zip(answers, others, strict=True):
+            assert answer == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_special_tokens_are_no_text(both: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they in answers; but they end them where a task says so."""
+    ours, theirs = both
+    requests = instances(
+        "generate_until",
+        [(p, {"until": [u], "max_gen_toks": 6}) for p in ("the text", "a") for u in ("<s>", "x")],
+    )
+    found, want = (lm.generate_until(requests, disable_tqdm=True) for lm in both)
+    assert found == want
+    encode, bos = ours.model.text.encode, ours.prefix_token_id
+    made = [bos, *encode(" of a", special_tokens=False), bos, *encode("é b.", special_tokens=False)]
+    monkeypatch.setattr("uar_megatron.evaluation.lm.continue_greedily", lambda *_: [made])
+
+    def answer(stop: str) -> str:
+        (found,) = ours.generate_until(
+            instances("generate_until", [("the", {"until": [stop]})]), disable_tqdm=True
+        )
+        return str(found)
+
+    assert answer("never") == theirs.tok_decode(made) == " of aé b."
+    assert answer("a<s>") == " of "
+    assert answer("<s>é") == answer("<s>é b") == " of a"
+    assert answer("<s>") == ""

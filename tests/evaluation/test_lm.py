@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from benchmark_data import CHOICES, write_benchmarks
-from evaluated_run import WINDOW
-from lm_eval.api.instance import Instance
+from evaluated_run import WINDOW, instances
 from lm_eval.api.registry import get_model
 
 from uar_megatron.errors import ConfigError, DataError
@@ -60,10 +59,6 @@ def likelihood(model: CheckpointModel, context: str, continuation: str) -> tuple
         total += float(logprob_V[whole[i]])
         greedy &= int(logprob_V[: model.text.vocab_size].argmax()) == whole[i]
     return total, greedy
-
-
-def instances(kind: Any, arguments: list[tuple[Any, ...]], task: str = "t") -> list[Instance]:
-    return [Instance(kind, {}, args, i, metadata=(task, i, 1)) for i, args in enumerate(arguments)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -252,5 +247,6 @@ def test_each_task_says_how_it_was_run(evaluated: dict[str, Any], model: Checkpo
 def test_bad_arguments_of_the_lm() -> None:
     with pytest.raises(ConfigError, match="checkpoint: none is named"):
         UARMegatronLM()
-    with pytest.raises(ConfigError, match="batch_size"):
-        UARMegatronLM(checkpoint="x", batch_size="many")
+    for size in ("many", "²"):
+        with pytest.raises(ConfigError, match="batch_size"):
+            UARMegatronLM(checkpoint="x", batch_size=size)

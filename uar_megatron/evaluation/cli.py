@@ -98,10 +98,11 @@ def write_tasks(
     """
     from uar_megatron.evaluation import command
     from uar_megatron.evaluation import tasks as definitions
+    from uar_megatron.experiment import check_writable
 
     command.check_lm_eval()
     chosen = definitions.choose(tasks.split(","), data, command.numbers_of_shots(shots or []))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable("folder", folder)
     names = ",".join(definitions.write_tasks(chosen, folder))
     model = "--model uar_megatron --model_args checkpoint=RUN"
     print(f"lm_eval {model} --tasks {names} --include_path {folder}")

@@ -71,6 +71,8 @@ def evaluate(options: EvalOptions) -> tuple[dict[str, Any], Path] | None:
     located = locate(options.checkpoint, options.config)
     output = options.output or _default_output(located)
     check_writable("output", output.parent)
+    if options.cache is not None:
+        check_writable("cache", options.cache.parent)
     ours, others = split_tasks(options)
     if options.tasks:
         check_lm_eval()
@@ -134,7 +136,7 @@ def numbers_of_shots(texts: Sequence[str]) -> dict[str, int]:
     shots = {}
     for text in texts:
         task, _, number = text.partition("=")
-        if not number.isdigit():
+        if not number.isdecimal():
             raise ConfigError("shots", f"{text!r}", allowed="TASK=NUMBER, e.g. mmlu=0")
         shots[task] = int(number)
     return shots
@@ -185,9 +187,19 @@ def run_tasks(
         load, loaded = manager.load, {}
 
         def load_named(names: list[str]) -> Any:
-            with _named_if_absent(options):  # a fault of the model is none of the data
-                found = load(names)
+            built: list[Any] = []
+            for name in names:
+                with _named_if_unusable(name, options):  # a fault of the model is none of the data
+                    of = load([name])
+                built += list(of["groups"].values())[:1] or of["tasks"].values()
+            with _named_if_unusable(", ".join(names), options):
+                found = load(built)  # refuses a task that is in two of them
             loaded.update(found["tasks"])
+            for name, task in loaded.items():  # loading looks at the first document alone
+                guard = _named_if_unusable(name, options)
+                task.build_all_requests = guard(task.build_all_requests)
+            for benchmark in ours:
+                _check_examples(benchmark, loaded)
             return found
 
         manager.load = load_named
@@ -240,17 +252,36 @@ def _coverage(
     return {"requests": asked, "usage_of": own} if own < asked else {}
 
 
+def _check_examples(benchmark: Task, loaded: Mapping[str, Any]) -> None:
+    """Refuse files with fewer examples than shots; lm-eval's samplers would fail."""
+    if not benchmark.shots or benchmark.shots_from is None:
+        return
+    # Of the split that is evaluated, lm-eval takes one more, for the document itself.
+    own = benchmark.shots_from == benchmark.split
+    for subject, files in (benchmark.files or {}).items():
+        name = f"{benchmark.name}_{subject}" if subject else benchmark.name
+        count = len(loaded[name].sampler.df)
+        if count < benchmark.shots + own:
+            raise DataError(
+                f"tasks: {name}: {files[benchmark.shots_from]} has {count} examples for "
+                f"{benchmark.shots} shots\n"
+                f"  allowed: {benchmark.shots + own} or more\n"
+                f"  remedy:  --shots {benchmark.name}={max(count - own, 0)}, or more examples"
+            )
+
+
 @contextlib.contextmanager
-def _named_if_absent(options: EvalOptions) -> Iterator[None]:
-    """Say what to do where a data set is neither in a folder nor on a hub that can be reached."""
+def _named_if_unusable(task: str, options: EvalOptions) -> Iterator[None]:
+    """Say what to do where data are absent, cannot be read or are not what the task expects."""
     try:
         yield
     except UARError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # datasets and a task's own code have no class of errors
         where = f"in {options.data}" if options.data else "from the hub"
+        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
         raise DataError(
-            f"tasks: lm-eval cannot use the data {where}: {first_line(error)}\n"
+            f"tasks: {task}: lm-eval cannot use the data {where}: {first_line(error)}{cause}\n"
             "  remedy:  scripts/prepare_benchmarks.py makes a folder of data; name it with --data"
         ) from error
 

@@ -40,6 +40,8 @@ class Sampling:
             raise ConfigError("temperature", f"{self.temperature}", allowed="0 (greedy) or more")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError("top_p", f"{self.top_p}", allowed="above 0 … 1")
+        if not -(2**63) <= self.seed < 2**64:  # what torch takes
+            raise ConfigError("seed", f"{self.seed}", allowed="-2**63 … 2**64-1")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def choose(logits_V: torch.Tensor, sampling: Sampling, draw: torch.Generator) ->
     """
     if sampling.temperature == 0.0:
         return int(logits_V.argmax())
-    probs_V = torch.softmax(logits_V.double() / sampling.temperature, dim=-1)
+    # Below the maximum, which a tiny temperature would make infinite.
+    below_V = logits_V.double() - logits_V.max()
+    probs_V = torch.softmax(below_V / sampling.temperature, dim=-1)
     sorted_V, order_V = probs_V.sort(descending=True, stable=True)
     # The first token that reaches top_p still takes part.
     outside_V = sorted_V.cumsum(dim=-1) - sorted_V >= sampling.top_p

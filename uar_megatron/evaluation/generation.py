@@ -20,7 +20,8 @@ def continue_greedily(
     """Return the tokens that follow each prompt, the most probable at a time.
 
     Every step runs the whole sequence: there is no cache of keys and values. A sequence ends with
-    the id that ends documents, at its ``most`` tokens, or when its text has a stop string.
+    the id that ends documents, at its ``most`` tokens, or when its text has a stop string, which
+    may be a special token.
 
     Args:
         model: on rank 0, while the others serve.

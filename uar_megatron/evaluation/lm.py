@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
     Collator,
     handle_stop_sequences,
+    has_bos_prefix,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
@@ -103,6 +104,11 @@ class UARMegatronLM(TemplateLM):
         return self.model.text.eod
 
     @property
+    def prefix_token_id(self) -> int:
+        """The context of what has none, as lm-eval's own models choose it."""
+        return self.model.text.prefix
+
+    @property
     def max_length(self) -> int:
         """Tokens that the model sees."""
         return self.model.window
@@ -115,12 +121,18 @@ class UARMegatronLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text, with what the tokenizer adds by itself unless told otherwise."""
-        return self.model.text.encode(string, special_tokens=add_special_tokens is not False)
+        """The ids of a text, with what the tokenizer adds by itself unless told otherwise.
+
+        Untold, nothing is added to a text that has the BOS already.
+        """
+        if add_special_tokens is None:
+            bos = self.model.text.decode([self.prefix_token_id])
+            add_special_tokens = not has_bos_prefix(string, bos or None)
+        return self.model.text.encode(string, special_tokens=add_special_tokens)
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return self.model.text.decode(tokens)
+        return self.model.text.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -137,7 +149,11 @@ class UARMegatronLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """As lm-eval's: each token once, with as much context as there is in windows that join."""
+        """As lm-eval's: each token once, with as much context as there is in windows that join.
+
+        A BOS that the tokenizer adds is one of these tokens, with the prefix before it: lm-eval's
+        own models count it too.
+        """
         self._count(requests)
         windows: list[TokenRequest] = []
         owners, of = [], []
@@ -260,7 +276,16 @@ class UARMegatronLM(TemplateLM):
         for ids in continue_greedily(
             self.model, prompts, rooms, stops, [self.usage[owner] for owner in owners]
         ):
-            yield postprocess_generated_text(self.tok_decode(ids), stops, None)
+            yield self._answer(ids, stops)
+
+    def _answer(self, ids: list[int], stops: list[str]) -> str:
+        """The text before the first stop, without special tokens, which may be stops themselves."""
+        decode, end = self.model.text.decode, len(ids)
+        kept = postprocess_generated_text(decode(ids), stops, None)
+        while end and decode(ids[: end - 1]).startswith(kept):
+            end -= 1
+        begun = decode(ids[:end])[len(kept) :]  # a stop may begin within a token
+        return self.tok_decode(ids[:end]).removesuffix(begun)
 
     def _prompt(self, context: str, most: int) -> list[int]:
         """The ids of a context, with room in the window for what is generated.
@@ -313,7 +338,7 @@ def _batch_size(batch_size: int | str) -> int:
     text = str(batch_size)
     if text.split(":")[0] == "auto":
         return 8
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError("batch_size", f"{batch_size!r}", allowed="1 or more, auto for 8")
     return int(text)
 

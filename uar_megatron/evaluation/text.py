@@ -18,7 +18,7 @@ class Text:
     Attributes:
         tokenizer: Megatron's, or None for bytes (``uar data --tokenizer bytes``).
         vocab_size: ids are below it.
-        eod: id that ends a document; the context of what has none.
+        eod: id that ends a document.
         name: for caches.
     """
 
@@ -26,6 +26,21 @@ class Text:
     vocab_size: int
     eod: int
     name: str
+
+    @property
+    def _huggingface(self) -> Any:
+        """What Megatron's wrapper of a HuggingFace tokenizer wraps; None of another tokenizer."""
+        inner = getattr(getattr(self.tokenizer, "_tokenizer", None), "tokenizer", None)
+        return inner if callable(inner) else None
+
+    @property
+    def prefix(self) -> int:
+        """The context of what has none: BOS where HuggingFace's tokenizer has one, else EOD.
+
+        Megatron's other tokenizers may name a BOS, but never put it before a text.
+        """
+        bos = getattr(self._huggingface, "bos_token_id", None)
+        return self.eod if bos is None else int(bos)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -36,16 +51,19 @@ class Text:
         """
         if self.tokenizer is None:
             return [int(byte) for byte in BytesEncoder().encode(text)]
-        inner = getattr(getattr(self.tokenizer, "_tokenizer", None), "tokenizer", None)
-        if not special_tokens and callable(inner):
-            return list(inner(text, add_special_tokens=False).input_ids)
+        if not special_tokens and self._huggingface is not None:
+            return list(self._huggingface(text, add_special_tokens=False).input_ids)
         return [int(i) for i in self.tokenizer.tokenize(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids."""
         if self.tokenizer is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-        return str(self.tokenizer.detokenize([int(i) for i in ids]))
+        numbers = [int(i) for i in ids]
+        if skip_special_tokens and self._huggingface is not None:
+            # Megatron's wrapper would keep special tokens that have no role (BOS, EOS, …).
+            return str(self._huggingface.decode(numbers, skip_special_tokens=True))
+        return str(self.tokenizer.detokenize(numbers, skip_special_tokens=skip_special_tokens))
 
 
 class NoText(Text):
