@@ -142,8 +142,8 @@ def _check_sections(uar: UARConfig, args: Any) -> None:
             f"softmax_all with moe_router_score_function={args.moe_router_score_function}",
             allowed="megatron, renormalised, renormalised_to_K",
         )
-    reordered = ("mtp_use_repeated_layer", "num_microbatches_with_partial_activation_checkpoints")
-    for name in reordered:
+    partial = "num_microbatches_with_partial_activation_checkpoints"
+    for name in ("mtp_use_repeated_layer", partial):
         if uar.statistics.mode == "batch" and getattr(args, name, None):
             raise ConfigError(
                 "uar.statistics.mode",
@@ -151,10 +151,10 @@ def _check_sections(uar: UARConfig, args: Any) -> None:
                 "so a micro-batch could meet another one's statistics",
                 remedy="use uar.statistics.mode=moving",
             )
-    if uar.observe.interval and getattr(args, reordered[1], None):
+    if uar.observe.interval and getattr(args, partial, None):
         raise ConfigError(
             "uar.observe.interval",
-            f"{uar.observe.interval} with {reordered[1]}: recomputation comes in another order "
+            f"{uar.observe.interval} with {partial}: recomputation comes in another order "
             "than the first passes, so a micro-batch could meet another one's tokens",
             remedy="set uar.observe.interval=0",
         )
